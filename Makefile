@@ -1,0 +1,26 @@
+# make demo: a complete small run on any machine.  make test: all tests.  Both set up .venv first.
+# The first interpreter that really runs (a pyenv shim may exist and fail) and is 3.11 or 3.12.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+# torch is pinned first: its own index decides between a CPU and a CUDA build, the other packages then fit to it.
+TORCH ?= torch==2.13.0
+
+.PHONY: setup demo test clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "ExpRL needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+demo: setup
+	.venv/bin/python exprl.py
+
+test: setup
+	.venv/bin/python -m pytest
+
+clean:
+	rm -rf .venv runs *.egg-info
