@@ -1,0 +1,231 @@
+r"""Is this answer right, and what do many verdicts say: exact match, pass@k, bootstrap intervals.
+
+The answer of a text is its last \boxed{...} (balanced braces; or \fbox), else its last number. Plain decimals
+are compared here, exactly and in microseconds ("$1,000.00" is "1000", "051283" is "51283", "3e8" is
+"3 \times 10^{8}"); so are identical strings, and words ("\text{even}" is "Even"). Everything else (fractions,
+roots, tuples, intervals, percent, units) goes to math-verify, which reads LaTeX.
+
+math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for years inside one C call, where
+no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces: the
+worker dies, the verdict is False, the next question starts a new worker.
+
+Left out: tolerance (0.33 is not 1/3), conversion of units, proofs, code.
+Try the worker: echo '["\\frac12", "0.5"]' | python data/answers.py    (reference and answer; it replies 1)
+"""
+import atexit
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from decimal import Decimal
+from functools import lru_cache
+from operator import index
+
+MAX_TEXT = 1_000_000  # characters of a text that are searched, from its end
+MAX_ANSWER = 1_000  # characters; longer is no final answer and never right
+CPU_SECONDS = 3  # for one question to math-verify. CPU time: a busy machine must not change a verdict
+WALL_SECONDS = 60  # and never longer than this, whatever the worker waits for
+MEMORY = 2 << 30  # bytes of address space for the worker (Linux only)
+
+# A brace or a box's start; groups: the box's brace, or its number if it has none ("\boxed 5"). A backslash
+# escaped once too often ("\\boxed") is forgiven.
+_BRACE = re.compile(r"\\\\?(?:boxed|fbox)(?:\s*(\{)|\s+(-?[0-9][0-9.,/]*))|\\.|[{}]", re.S)
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]}])[-\u2212]\\?\$?)?"  # a minus after a letter, digit or bracket is a subtraction
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][+-]?[0-9]{1,3}(?!\w)|/[0-9]+(?![0-9/]))?(?:\s?\\?%)?")
+_DECIMAL = re.compile(
+    r"([+-]?)\s*([0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\[,!;: ]|[ ~])[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?"
+    r"(?:(?:[eE]|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^)\s*(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3})))?")
+_STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last complete \boxed{...} ("" if empty), else the last number, else None."""
+    text = text[-MAX_TEXT:]
+    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    for start in (last, 0) if last >= 0 else ():  # from the start only if the last box never closes
+        answer, opened = None, []  # opened: per open brace, where the content of its box starts, or -1
+        for token in _BRACE.finditer(text, start):
+            if token[2]:
+                answer = (token.start(2), token.end(2))
+            elif token[1]:
+                opened.append(token.end())
+            elif token[0] == "{":
+                opened.append(-1)
+            elif token[0] == "}" and opened:
+                begin = opened.pop()
+                if begin >= 0 and (answer is None or begin > answer[0]):
+                    answer = (begin, token.start())
+            if start and not opened:  # the last box is complete
+                break
+        if answer is not None:
+            return text[answer[0]:answer[1]].strip()
+    for tail in (text[-100:], text):  # most texts end in a number
+        number = None
+        for number in _NUMBER.finditer(tail):
+            pass
+        if number and (number.start() > 3 or len(tail) == len(text)):  # else the tail's edge may have cut it
+            return number[0]
+    return None
+
+
+def is_correct(text: str, answer: str) -> bool:
+    """Whether the answer of `text` (a trace) is the reference `answer` (bare, or boxed itself). Texts cannot
+    make it hang or raise: what cannot be read, or not compared within the limits above, is not correct."""
+    guess = extract_answer(text)
+    gold = extract_answer(answer) if "\\boxed" in answer else answer
+    guess, gold = _clean(guess or ""), _clean(gold or "")
+    if guess == gold or not guess or not gold:
+        return guess == gold != ""
+    if max(len(guess), len(gold)) > MAX_ANSWER:
+        return False
+    for read in (_decimal, _words):
+        ours, theirs = read(gold), read(guess)
+        if ours is not None and theirs is not None:
+            return ours == theirs
+    return _math_equal(gold, guess)
+
+
+def _clean(answer: str) -> str:
+    r"""Without dollars (money or math mode), outer \( \) or \text{}, outer spaces, a sentence's full stop."""
+    answer = answer.replace("\\$", "").replace("$", "").replace("\u2212", "-").strip()
+    if answer.startswith("\\(") and answer.endswith("\\)"):
+        answer = answer[2:-2]
+    styled = _STYLED.fullmatch(answer)
+    return (styled[1] if styled else answer).rstrip(".").strip()
+
+
+def _decimal(answer: str) -> Decimal | None:
+    """Exact value of a plain decimal number with thousands separators and a power of ten, else None."""
+    number = _DECIMAL.fullmatch(answer)
+    if number is None or not (number[2] or number[3]):
+        return None
+    whole = re.sub("[^0-9]", "", number[2])
+    return Decimal(f"{number[1]}{whole or 0}.{number[3] or 0}e{number[4] or number[5] or 0}")
+
+
+def _words(answer: str) -> str | None:
+    """Words are compared as such (math-verify reads "silent" as a product of six symbols, equal to "listen")."""
+    return " ".join(answer.split()).casefold() if _WORDS.fullmatch(answer) else None
+
+
+@lru_cache(maxsize=16384)  # a group's traces give the same answers again and again
+def _math_equal(gold: str, guess: str) -> bool:
+    """math-verify's verdict, from the worker; False when the worker hits a limit."""
+    global _worker
+    request = json.dumps([gold, guess]).encode() + b"\n"  # a few KB: fits into the pipe, cannot block
+    with _lock:
+        # Taken out while it works: after an interrupt the next question must not read this one's reply.
+        worker, _worker = _worker, None
+        if worker is None or worker.poll() is not None:
+            worker = _start_worker()
+        try:
+            worker.stdin.write(request)
+            reply = worker.stdout.readline()
+        except BrokenPipeError:
+            reply = b""
+        if reply:
+            _worker = worker
+        else:
+            _kill(worker)
+        return reply == b"1\n"
+
+
+_worker: subprocess.Popen | None = None
+_lock = threading.RLock()
+
+
+def _start_worker() -> subprocess.Popen:
+    # Its own session: Ctrl-C is the trainer's to handle. Hash seed: sympy must not vary from run to run.
+    command = [sys.executable, os.path.abspath(__file__)]
+    worker = subprocess.Popen(
+        command, bufsize=0, start_new_session=True, env={**os.environ, "PYTHONHASHSEED": "0"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if worker.stdout.readline() != b"ready\n":
+        _kill(worker)
+        raise RuntimeError("math-verify does not start, so answers cannot be compared. To see why: "
+                           f"echo '[\"1\", \"2\"]' | {' '.join(command)}")
+    return worker
+
+
+def _kill(worker: subprocess.Popen) -> None:
+    with worker:  # closes the pipes and waits
+        worker.kill()
+
+
+def _forget_worker() -> None:
+    """After a fork: the worker is the parent's. Two processes would read each other's replies."""
+    global _worker, _lock
+    _worker, _lock = None, threading.RLock()
+
+
+atexit.register(lambda: _worker and _kill(_worker))
+os.register_at_fork(after_in_child=_forget_worker)
+
+
+def _serve() -> None:
+    """The worker: a JSON line [gold, guess] in, a line 1 or 0 out, until its input closes."""
+    import resource
+    for stop in (signal.SIGALRM, signal.SIGPROF):  # the default action ends the process even inside a C call
+        signal.signal(stop, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM, signal.SIGPROF))
+    signal.alarm(WALL_SECONDS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    except (ValueError, OSError):
+        pass  # a lower limit is in force already, or this is a Mac
+    logging.disable(logging.CRITICAL)
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # a stray print must not be read as a verdict
+    from math_verify import parse, verify
+    replies.write(b"ready\n")
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.alarm(WALL_SECONDS)
+        try:  # math-verify's own timeouts are off: they use the same signal and need the main thread
+            gold, guess = (parse(f"${answer}$", parsing_timeout=None) for answer in json.loads(line))
+            equal = verify(gold, guess, timeout_seconds=None)
+        except Exception:  # sympy raises about everything on garbage; garbage is not correct
+            equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        replies.write(b"1\n" if equal else b"0\n")
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that at least one of k samples is right, from n samples of which c are:
+    1 - C(n-c, k) / C(n, k) (arXiv 2107.03374), as a product that stays in [0, 1] for any n."""
+    n, c, k = index(n), index(c), index(k)
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def bootstrap_interval(values, seed: int = 0, level: float = 0.95, resamples: int = 10_000) -> tuple:
+    """(low, high): the percentile bootstrap interval of the mean of `values`, one value per problem."""
+    import numpy as np
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"needs a list of finite numbers, got shape {values.shape}: {values}")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"needs 0 < level < 1 and resamples >= 1, got {level} and {resamples}")
+    rng = np.random.default_rng(seed)
+    rows = max(1, 1_000_000 // values.size)  # resamples at once: 8 MB, whatever the number of problems
+    draws = (rng.integers(values.size, size=(min(rows, resamples - done), values.size))
+             for done in range(0, resamples, rows))
+    means = np.concatenate([values[draw].mean(axis=1) for draw in draws])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+if __name__ == "__main__":
+    _serve()
