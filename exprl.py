@@ -1,0 +1,822 @@
+"""ExpRL (arXiv 2606.17024): mid-train a language model with a judge's dense rewards. One file, one loop.
+
+    python exprl.py                                   # the embedded miniature, a few minutes on two CPU cores
+    python exprl.py --model Qwen2.5-1.5B              # GSM8K from the hub; the judge is the start model itself
+    python exprl.py --model M --judge J --data problems.jsonl --eval-data held_out.jsonl
+    python exprl.py --resume runs/NAME                # goes on exactly where the newest checkpoint stands
+
+    problems -> prompt ids -> rollouts -> grades -> token advantages -> loss -> update
+
+The policy sees the question only. The judge sees question, reference and trace. `train_step` is the table of contents.
+
+Departures from the paper's released code, one a line:
+- the judge reads an expected grade over five digit tokens by default, not the digit of a generated reply
+- an unread grade removes its trace from loss, KL and group statistics; it never counts as the worst grade
+- the loss is the mean over all sampled tokens of an optimizer update, however it is split into micro-batches
+- one optimizer update per step by default (ratio 1, no pass for old log-probs); `--updates` for more
+- a trace is cut off if it has no end token, not if it has a certain length
+Left out here: Process rewards, SFT and self-distillation as methods; several GPUs.
+"""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import Problem, is_correct
+from judge import READOUTS, Judge, Verdict
+from kernels import token_advantages, token_logprob
+from sample import LM, Rollout, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit, resolve_model
+from sample import too_long, write_atomically
+
+MINIATURE = Path(__file__).parent / "data" / "miniature"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One line per flag: its name, its default, and (behind #) its help."""
+
+    model: str = ""  # policy: folder, hub id or bare well-known name; without it the embedded miniature runs
+    judge: str = ""  # judge model; default: the policy's own start, frozen, as in the paper
+    data: tuple[str, ...] = ("openai/gsm8k",)  # training problems: .jsonl, .json, .parquet files or hub data sets
+    eval_data: tuple[str, ...] = ()  # held-out problems; default: the hub data set's test split, else none
+    method: str = "outcome"  # outcome: the judge's grade of the whole trace; grpo: exact match 0/1, no judge
+    steps: int = 200  # training steps; one step samples, judges and updates once
+    questions: int = 32  # problems per step
+    group: int = 8  # traces per problem
+    max_new_tokens: int = 1024  # a trace is cut off here
+    max_prompt_tokens: int = 2048  # longer questions are reported and left out, never cut
+    temperature: float = 0.8  # of sampling, and of every log-prob in the loss
+    overlong: str = "zero"  # a trace that was cut off: zero = grade 0, judge = graded like any other, drop = no loss
+    norm: str = "std"  # std: (s - mean) / std in the group (GRPO); mean: s - mean (Dr. GRPO)
+    lr: float = 1e-6  # AdamW, constant
+    weight_decay: float = 0.01  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient
+    kl: float = 1e-3  # weight of the k3 KL to the frozen start; 0 = no reference model
+    clip_low: float = 0.2  # the ratio is clipped below 1 - this
+    clip_high: float = 0.28  # and above 1 + this (clip-higher)
+    dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
+    updates: int = 1  # optimizer updates per step, each on its share of the step's problems
+    microbatch_tokens: int = 16384  # tokens (with padding) per forward and backward: lower it if memory runs out
+    checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
+    readout: str = ""  # how the judge's grade is read: expected, critique, generate; default: expected or its own
+    max_unread: float = 0.5  # stop when more than this share of a step's grades cannot be read
+    max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
+    eval_every: int = 50  # evaluate every so many steps, and before the first and after the last; 0 = never
+    eval_limit: int = 200  # only the first so many held-out problems
+    eval_n: int = 4  # traces per held-out problem
+    eval_k: tuple[int, ...] = (1, 4)  # pass@k for these k
+    save_every: int = 50  # checkpoint every so many steps, and after the last; 0 = only after the last
+    keep: int = 2  # checkpoints to keep
+    show_every: int = 10  # print a sampled trace with its grade every so many steps; 0 = never
+    seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
+    out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"  # of sampling and forward passes: auto, float32, bfloat16; master weights are float32
+    skip_bad_rows: bool = False  # count and drop bad rows of the data instead of stopping
+
+
+PRESETS = {
+    # The embedded default: a policy and a judge of a few MB on arithmetic chains.
+    "miniature": dict(
+        model=str(MINIATURE / "policy"), judge=str(MINIATURE / "judge"), data=(str(MINIATURE / "train.jsonl"),),
+        eval_data=(str(MINIATURE / "eval.jsonl"),), steps=40, max_new_tokens=160, temperature=1.0, lr=3e-4, kl=0.0,
+        microbatch_tokens=8192, eval_every=0, eval_n=16, eval_k=(1, 16), save_every=20,
+    ),
+    # The paper's Stage I, ExpRL-Outcome (Qwen3-4B-Instruct-2507 as policy and judge, 8 GPUs).
+    "paper": dict(
+        questions=36, group=10, steps=230, max_new_tokens=16384, max_prompt_tokens=4096, temperature=0.8, lr=1e-6,
+        kl=1e-3, clip_low=0.2, clip_high=0.28, updates=2, save_every=30, eval_every=10, checkpoint_activations=True,
+    ),
+}
+
+
+class Stop(Exception):
+    """Ends a run in order: the last completed step is saved, `records` of an unfinished one too, and the message shown."""
+
+    def __init__(self, message: str, records: list[dict] = ()):
+        super().__init__(message)
+        self.records = records
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def batch_for(problems: list[Problem], settings: Settings, step: int) -> list[Problem]:
+    """The problems of a step (1-based), a pure function of (seed, step): resuming needs no data state.
+
+    Each epoch is a fresh permutation; a step may straddle two epochs, and no problem is dropped."""
+    batch, permutations = [], {}
+    for i in range((step - 1) * settings.questions, step * settings.questions):
+        epoch, place = divmod(i, len(problems))
+        if epoch not in permutations:
+            permutations[epoch] = np.random.default_rng([settings.seed, epoch]).permutation(len(problems))
+        batch.append(problems[permutations[epoch][place]])
+    return batch
+
+
+def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, list[dict]]:
+    """Sample, grade, turn grades into token advantages, update. Returns the step's metrics and trace records."""
+    clock = Clock(state, "sampling")
+    questions = batch_for(state.train, settings, step)
+    prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
+    rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
+                                    seed=settings.seed << 32 | step)  # (Q*G) traces, problem-major
+    clock.lap("judging")
+    problems = [p for p in questions for _ in range(settings.group)]  # one per trace from here on
+    texts = [state.policy.text(r.token_ids) for r in rollouts]
+    correct = [is_correct(text, p.answer) for text, p in zip(texts, problems)]
+    judged = state.judge.tokens if state.judge else 0
+    verdicts = grade(state, settings, problems, rollouts, texts, correct)
+    batch = collate(rollouts, verdicts, settings, state.device)
+    records = trace_records(step, problems, texts, correct, rollouts, verdicts, batch)
+    unread = mean(batch.grades.isnan())
+    if unread > settings.max_unread:
+        raise Stop(f"step {step}: {unread:.0%} of the grades could not be read, more than --max-unread "
+                   f"{settings.max_unread:.0%}. The judge's replies stand at the end of rollouts.jsonl; calibrate it with "
+                   "`python judge.py`, or take another --judge or --readout", records)
+    clock.lap("training")
+    update_metrics = update(state, settings, batch)
+    clock.lap("logging")
+
+    for problem, right in zip(problems, correct):
+        state.seen[problem.id] = state.seen.get(problem.id, False) or right
+    scores = batch.grades.cpu()
+    read = [group[~group.isnan()] for group in scores.view(-1, settings.group)]
+    tokens = sum(len(r.token_ids) for r in rollouts)
+    return {
+        "step": step,
+        "score": mean(scores[~scores.isnan()]) if state.judge else None,
+        "accuracy": mean(correct),
+        "length": tokens / len(rollouts),
+        "headings": mean([count_headings(text) for text in texts]),
+        "cut_off": mean([not r.finished for r in rollouts]),
+        "unread": unread,
+        "zero_groups": mean([bool((group == group[:1]).all()) for group in read]),
+        "unsolved": 1 - mean(list(state.seen.values())),
+        **update_metrics,
+        "lr": settings.lr,
+        "sample_tok_s": tokens / clock.laps["sampling"],
+        "judge_tok_s": (state.judge.tokens - judged) / clock.laps["judging"] if state.judge else None,
+        "train_tok_s": int(batch.mask.sum()) / clock.laps["training"],
+        "seconds": clock.total(),
+        "peak_gb": peak_gb(state.device),
+    }, records
+
+
+def trace_records(step, problems, texts, correct, rollouts, verdicts, batch) -> list[dict]:
+    """The lines of rollouts.jsonl."""
+    advantages = [a[m] for a, m in zip(batch.advantages.cpu(), batch.mask.cpu())]
+    return [
+        {"step": step, "problem": p.id, "text": text, "grades": none_for_nan(v.grades), "correct": right,
+         "advantage": [float(a.min()), float(a.max())], "finished": r.finished, "tokens": len(r.token_ids), "judge": v.raw}
+        for p, text, right, r, v, a in zip(problems, texts, correct, rollouts, verdicts, advantages)
+    ]
+
+
+def grade(state, settings, problems, rollouts, texts, correct) -> list[Verdict]:
+    """One Verdict per trace. Outcome: the judge's grade; grpo: exact match. A trace cut off goes by --overlong."""
+    verdicts: list[Verdict | None] = [None] * len(texts)
+    if settings.overlong != "judge":
+        cut = Verdict((0.0 if settings.overlong == "zero" else math.nan,), "cut off at the length limit")
+        verdicts = [None if r.finished else cut for r in rollouts]
+    open_ = [i for i, v in enumerate(verdicts) if v is None]
+    if settings.method == "grpo":
+        given = [Verdict((float(correct[i]),)) for i in open_]
+    else:
+        given = state.judge.grade([problems[i] for i in open_], [texts[i] for i in open_])
+    for i, verdict in zip(open_, given):
+        verdicts[i] = verdict
+    return verdicts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's traces as tensors (N,T), right-padded; entry t of each is about token t."""
+
+    ids: torch.Tensor  # (N,T) prompt and trace
+    mask: torch.Tensor  # (N,T) true on sampled tokens
+    sampled_logp: torch.Tensor  # (N,T) log-probs as the sampler saw them
+    advantages: torch.Tensor  # (N,T)
+    grades: torch.Tensor  # (N,) NaN = unread
+    lengths: list[int]  # (N) tokens per row, for packing
+
+
+def collate(rollouts: list[Rollout], verdicts: list[Verdict], settings: Settings, device) -> Batch:
+    lengths = [len(r.prompt_ids) + len(r.token_ids) for r in rollouts]
+    rows, width = len(rollouts), max(lengths)
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    step_ids = torch.full((rows, width), -1)
+    sampled_logp = torch.zeros(rows, width)
+    for i, r in enumerate(rollouts):
+        start, end = len(r.prompt_ids), lengths[i]
+        ids[i, :end] = torch.tensor(r.prompt_ids + r.token_ids)
+        step_ids[i, start:end] = 0  # Outcome: the whole trace is one step
+        sampled_logp[i, start:end] = torch.tensor(r.logprobs)
+    grades = torch.tensor([v.grades for v in verdicts], dtype=torch.float32)  # (N,1)
+    advantages = token_advantages(grades.to(device), torch.ones(rows, dtype=torch.long, device=device),
+                                  step_ids.to(device), settings.group, settings.norm)
+    return Batch(ids.to(device), (step_ids >= 0).to(device), sampled_logp.to(device), advantages, grades[:, 0].to(device),
+                 lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss and update
+
+
+def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
+    """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order. The one place that shifts by one.
+
+    Rows are padded on the right and attention is causal, so no sampled token can see padding."""
+    with amp or nullcontext():
+        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = hidden[:, :-1][mask[:, 1:]]  # (M,d): the state before each sampled token predicts it
+        weight = lm.get_output_embeddings().weight.to(hidden.dtype)
+    return token_logprob(hidden, weight, ids[:, 1:][mask[:, 1:]], temperature)
+
+
+def policy_loss(logp, old_logp, advantages, ref_logp, settings: Settings):
+    """Per-token loss (M,): clip-higher and dual-clip PPO, plus k3 KL to the frozen start.
+
+    ratio = exp(logp - old_logp); PPO: max(-A ratio, -A clip(ratio)), for A < 0 at most -dual_clip * A
+    (arXiv 1912.09729); k3 = exp(d) - d - 1 with d = ref - logp (http://joschu.net/blog/kl-approx.html)."""
+    ratio = (logp - old_logp).clamp(-20, 20).exp()
+    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    clip_hit = (loss > -advantages * ratio)
+    loss = torch.where(advantages < 0, torch.minimum(loss, -settings.dual_clip * advantages), loss)
+    if ref_logp is None:
+        return loss, torch.zeros_like(loss), clip_hit
+    d = (ref_logp - logp).clamp(-20, 20)
+    k3 = (d.exp() - d - 1).clamp(-10, 10)
+    return loss + settings.kl * k3, k3, clip_hit
+
+
+def microbatches(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Split rows, sorted by length, so that rows x longest <= budget (a single row may exceed it)."""
+    batches: list[list[int]] = []
+    for row in sorted(rows, key=lambda r: lengths[r]):
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def update(state: "State", settings: Settings, batch: Batch) -> dict:
+    """`updates` optimizer updates, each over its share of the problems. Returns the loss's metrics."""
+    readable = ~batch.grades.isnan()
+    groups = torch.arange(len(batch.grades)).view(-1, settings.group)
+    shares = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if part.numel()]
+    totals = dict(tokens=0.0, entropy=0.0, kl=0.0, ratio_gap=0.0, clip_share=0.0)
+    norms = []
+    # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is 1 and
+    # needs no pass; the later ones need theirs before the weights move.
+    old = [None] + [old_logprobs(state, settings, batch, share) for share in shares[1:]]
+    for share, old_logp in zip(shares, old):
+        share = [row for row in share if readable[row]]
+        # Divide by all sampled tokens of the update, never by a micro-batch's: the split must not change the gradient.
+        denominator = max(int(batch.mask[share].sum()), 1) if share else 1
+        moving = [row for row in share if settings.kl > 0 or batch.advantages[row].any()]  # the rest has no gradient
+        for rows in microbatches(moving, batch.lengths, settings.microbatch_tokens):
+            width = max(batch.lengths[row] for row in rows)
+            ids, mask = batch.ids[rows, :width], batch.mask[rows, :width]
+            logp, entropy = logprobs(state.policy.model, ids, mask, settings.temperature, state.amp())
+            ref_logp = None
+            if settings.kl > 0:
+                with torch.no_grad():
+                    ref_logp, _ = logprobs(state.reference, ids, mask, settings.temperature)
+            before = logp.detach() if old_logp is None else old_logp[rows, :width][mask]
+            loss, kl, clip_hit = policy_loss(logp, before, batch.advantages[rows, :width][mask], ref_logp, settings)
+            (loss.sum() / denominator).backward()
+            gap = ((logp.detach() if old_logp is None else before) - batch.sampled_logp[rows, :width][mask]).exp() - 1
+            totals["tokens"] += len(loss)
+            totals["entropy"] += float(entropy.detach().sum())
+            totals["kl"] += float(kl.detach().sum())
+            totals["ratio_gap"] += float(gap.abs().sum())
+            totals["clip_share"] += float(clip_hit.sum())
+        norms.append(optimizer_step(state, settings))
+    tokens = max(totals.pop("tokens"), 1)
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    return {name: total / tokens for name, total in totals.items()} | {
+        "grad_norm": mean(finite), "skipped_updates": len(norms) - len(finite)}
+
+
+@torch.no_grad()
+def old_logprobs(state, settings, batch: Batch, share: list[int]) -> torch.Tensor:
+    """(N,T) log-probs of the rows in `share` under the present weights, zero elsewhere."""
+    out = torch.zeros_like(batch.sampled_logp)
+    for rows in microbatches(share, batch.lengths, settings.microbatch_tokens):
+        width = max(batch.lengths[row] for row in rows)
+        ids, mask = batch.ids[rows, :width], batch.mask[rows, :width]
+        part = torch.zeros(mask.shape, device=out.device)
+        part[mask] = logprobs(state.policy.model, ids, mask, settings.temperature, state.amp())[0]
+        out[rows, :width] = part
+    return out
+
+
+def optimizer_step(state, settings) -> float:
+    """Clip, step, and copy the masters into the sampling weights. A non-finite gradient skips the step."""
+    state.interrupts.defer()  # from here to the log line of this step nothing may come between
+    norm = float(torch.nn.utils.clip_grad_norm_(state.policy.model.parameters(), settings.grad_clip))
+    if math.isfinite(norm):
+        state.optimizer.step()
+        state.refresh_sampling_weights()
+    state.bad_updates = 0 if math.isfinite(norm) else state.bad_updates + 1
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# State: what a run holds, saves and restores
+
+
+@dataclass
+class State:
+    policy: LM  # float32 master weights
+    sampling: torch.nn.Module  # the weights that sample: a persistent low-precision copy, or the masters themselves
+    sampler: Sampler
+    judge: Judge | None
+    reference: torch.nn.Module | None  # the frozen start, for the KL; shared with the judge where they are the same
+    optimizer: torch.optim.Optimizer
+    train: list[Problem]
+    held_out: list[Problem]
+    device: str
+    dtype: torch.dtype
+    step: int = 0  # completed steps
+    seen: dict = field(default_factory=dict)  # problem id -> solved by any trace so far
+    bad_updates: int = 0  # skipped in a row
+    phase: str = "loading"  # what runs, for error messages
+    interrupts: "Interrupts" = field(default_factory=lambda: Interrupts())
+
+    def amp(self):
+        """Forward passes run in the sampling dtype over float32 masters."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.split(":")[0], dtype=self.dtype)
+
+    @torch.no_grad()
+    def refresh_sampling_weights(self) -> None:
+        if self.sampling is not self.policy.model:
+            for low, master in zip(self.sampling.parameters(), self.policy.model.parameters()):
+                low.copy_(master)  # in place: the storage never moves
+
+
+def build_state(settings: Settings, weights: str | None = None) -> State:
+    """Check the data, then load the models: bad input must not cost a model's loading time.
+
+    weights: a checkpoint's folder, where the policy comes from on resume; judge and reference stay the start's."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    bad_rows = dict(skip_bad_rows=settings.skip_bad_rows)
+    train = problems_or_exit(settings.data, "train", need_solution=settings.method != "grpo", **bad_rows)
+    held_out = []
+    if settings.eval_data:
+        held_out = problems_or_exit(settings.eval_data, "test", **bad_rows)[: settings.eval_limit]
+    policy = load_lm(weights or settings.model, device, torch.float32)
+    train = fit(policy, train, settings, "training")
+    held_out = fit(policy, held_out, settings, "held-out") if held_out else []
+    if not train:
+        raise SystemExit("no training problem is left: raise --max-prompt-tokens")
+    policy.model.requires_grad_(True)
+    if settings.checkpoint_activations:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.model.train()  # transformers checkpoints only in training mode; these families have no dropout by default
+    sampling = policy.model
+    if dtype != torch.float32:
+        sampling = copy.deepcopy(policy.model).to(dtype).requires_grad_(False).eval()
+    judge, reference = None, None
+    own_judge = settings.method != "grpo" and resolve_model(settings.judge) != resolve_model(settings.model)
+    if settings.kl > 0 or (settings.method != "grpo" and not own_judge):
+        reference = load_lm(settings.model, device, dtype)
+        reference.model.requires_grad_(False)
+    if settings.method != "grpo":
+        lm = load_lm(settings.judge, device, dtype) if own_judge else reference
+        lm.model.requires_grad_(False)
+        judge = Judge(lm.model, lm.tokenizer, lm.prompts, settings.readout or None,
+                      max_rows=settings.max_rows)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay,
+                                  betas=(0.9, 0.999), fused=True)
+    return State(policy, sampling, Sampler(sampling, settings.max_rows), judge, reference and reference.model, optimizer,
+                 train, held_out, device, dtype)
+
+
+def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
+    long = {p.id for p in too_long(policy, problems, settings.max_prompt_tokens)}
+    if long:
+        print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds --max-prompt-tokens "
+              f"{settings.max_prompt_tokens}: {', '.join(sorted(long)[:3])} ...", file=sys.stderr)
+    return [p for p in problems if p.id not in long]
+
+
+def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
+    """checkpoints/step_N: a Hugging Face folder with float32 weights plus the trainer's state.
+
+    Written beside its final name, flushed to disk, then renamed: a kill at any moment leaves the older ones usable."""
+    target = run / "checkpoints" / f"step_{state.step}"
+    if target.exists():
+        return
+    tmp = target.with_name(target.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    state.policy.save(tmp)
+    names = [name for name, _ in state.policy.model.named_parameters()]
+    tensors = {f"{names[i]}:{key}": value.contiguous() for i, moments in state.optimizer.state_dict()["state"].items()
+               for key, value in moments.items()}
+    save_file(tensors, tmp / "optimizer.safetensors")
+    (tmp / "trainer.json").write_text(json.dumps({"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
+    publish(tmp, target)
+    for old in complete_checkpoints(run)[: -settings.keep]:
+        shutil.rmtree(old)
+
+
+def publish(tmp: Path, target: Path) -> None:
+    for path in [*tmp.rglob("*"), tmp]:
+        fsync(path)
+    tmp.rename(target)
+    fsync(target.parent)
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Oldest first. A folder has its final name only once it is complete."""
+    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def restore(state: State, checkpoint: Path, settings: Settings) -> None:
+    tensors = load_file(checkpoint / "optimizer.safetensors", device="cpu")
+    names = [name for name, _ in state.policy.model.named_parameters()]
+    moments: dict[int, dict] = {}
+    for key, value in tensors.items():
+        name, moment = key.rsplit(":", 1)
+        moments.setdefault(names.index(name), {})[moment] = value
+    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    state.step, state.seen, state.bad_updates = trainer["step"], trainer["seen"], trainer["bad_updates"]
+
+
+def save_model(state: State, run: Path) -> None:
+    """model/: the weights in the run's dtype, for transformers, vLLM, sample.py and Stage II."""
+    tmp, target = run / "model.tmp", run / "model"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    state.policy.save(tmp, state.dtype)
+    old = run / "model.old"
+    if target.exists():
+        target.rename(old)
+    publish(tmp, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fingerprint(problems: list[Problem]) -> str:
+    return hashlib.sha256(json.dumps([dataclasses.astuple(p) for p in problems]).encode()).hexdigest()[:16]
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again, and a last line torn by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_atomically(path, "".join(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Interrupts:
+    """SIGTERM and Ctrl-C end the run in order: at once while the weights stand still (the step is dropped), and
+    once the step is logged while they move."""
+
+    def __init__(self):
+        self.deferred, self.waiting = False, None
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        self.waiting = number
+        if not self.deferred:
+            self.allow()
+
+    def defer(self):
+        self.deferred = True
+
+    def allow(self):
+        self.deferred = False
+        if self.waiting:
+            number, self.waiting = self.waiting, None
+            raise Stop(f"stopped by {signal.Signals(number).name}")
+
+
+def run_training(state: State, settings: Settings, run: Path) -> None:
+    """Steps until settings.steps, each logged before the next begins, with evaluations and checkpoints."""
+    metrics_file, rollouts_file = run / "metrics.jsonl", run / "rollouts.jsonl"
+    for path in (metrics_file, rollouts_file):
+        keep_until(path, state.step)
+    evaluated = {m["step"] for m in read_jsonl(metrics_file) if "pass@1" in m}
+    with Interrupts() as state.interrupts, tqdm(total=settings.steps, initial=state.step, unit="step", disable=None) as bar:
+        try:
+            while True:
+                last = state.step == settings.steps
+                due = state.step == 0 or last or settings.eval_every and state.step % settings.eval_every == 0
+                if state.held_out and due and state.step not in evaluated:
+                    evaluation(state, settings, run, bar)
+                if state.step and (last or settings.save_every and state.step % settings.save_every == 0):
+                    state.phase = "saving"
+                    save_checkpoint(state, run, settings)
+                if last:
+                    break
+                metrics, records = train_step(state, settings, state.step + 1)
+                append(rollouts_file, records)
+                append(metrics_file, [metrics])
+                state.step += 1
+                state.interrupts.allow()
+                report(bar, metrics, records, settings)
+                if state.bad_updates >= 3:
+                    raise Stop("the gradient was not finite in three updates in a row, which were skipped: lower --lr, or "
+                               "check the model in --dtype float32")
+            save_model(state, run)
+        except BaseException as error:
+            if isinstance(error, Stop) and error.records:
+                append(rollouts_file, error.records)
+            if state.step and not state.interrupts.deferred and state.phase != "saving":
+                save_checkpoint(state, run, settings)  # the weights are those of the last completed step
+            raise
+
+
+def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
+    """pass@k on the held-out problems -> a line of metrics.jsonl, the traces into evaluations/."""
+    state.phase = "evaluating"
+    # Always the same noise: before and after differ by the weights alone.
+    lm = dataclasses.replace(state.policy, model=state.sampling)
+    total = len(state.held_out) * settings.eval_n
+    with tqdm(total=total, unit="trace", leave=False, disable=None, desc=f"evaluating, step {state.step}") as inner:
+        metrics, records = evaluate(lm, state.held_out, settings.eval_n, settings.eval_k, settings.max_new_tokens,
+                                    settings.temperature, settings.seed << 32, settings.max_rows, inner.update)
+    (run / "evaluations").mkdir(exist_ok=True)
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", lines)
+    append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
+    bar.write(f"step {state.step}: held out, " + ", ".join(
+        f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
+
+
+def report(bar, metrics: dict, records: list[dict], settings: Settings) -> None:
+    """The terminal: a live line, or a plain line per step where there is no terminal, and a trace now and then."""
+    names = ("score", "accuracy", "length", "unread", "sample_tok_s")
+    shown = {n: f"{metrics[n]:.3g}" for n in names if metrics[n] is not None}
+    bar.set_postfix(shown)
+    bar.update()
+    if bar.disable:
+        print(f"step {metrics['step']}/{settings.steps} " + " ".join(f"{n} {v}" for n, v in shown.items())
+              + f" {metrics['seconds']:.1f}s", flush=True)
+    if settings.show_every and metrics["step"] % settings.show_every == 0:
+        record = records[metrics["step"] % len(records)]
+        grade = "unread" if record["grades"][0] is None else f"{1 + 4 * record['grades'][0]:.2f} of 5"
+        bar.write(f"--- step {metrics['step']}, {record['problem']}: grade {grade}, "
+                  f"{'right' if record['correct'] else 'wrong'}\n{record['text'].strip()}\n---")
+
+
+def closing_table(run: Path, settings: Settings) -> str:
+    evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "pass@1" in m]
+    if not evaluations:
+        return ""
+    rows = [f"{'held-out problems':20s}" + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in settings.eval_k)]
+    for name, m in (("before", evaluations[0]), ("after", evaluations[-1])):
+        cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} " for k in settings.eval_k)
+        rows.append(f"{name + ', step ' + str(m['step']):20s}" + " ".join(cells))
+    return "\n".join(rows)
+
+
+class Clock:
+    """Seconds per phase of a step; names the phase for error messages."""
+
+    def __init__(self, state: "State", phase: str):
+        self.state, self.laps, self.start = state, {}, time.perf_counter()
+        self.last, state.phase = self.start, phase
+
+    def lap(self, following: str) -> None:
+        if self.state.device.startswith("cuda"):
+            torch.cuda.synchronize(self.state.device)
+        now = time.perf_counter()
+        self.laps[self.state.phase], self.last = max(now - self.last, 1e-9), now
+        self.state.phase = following
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def mean(values) -> float | None:
+    return float(np.mean([float(v) for v in values])) if len(values) else None
+
+
+def none_for_nan(values) -> list:
+    return [None if math.isnan(v) else v for v in values]  # JSON has no NaN
+
+
+def count_headings(text: str) -> int:
+    return len(re.findall(r"^###(?!#)", text, flags=re.MULTILINE))
+
+
+def peak_gb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, records: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv=None) -> tuple[Settings, Path | None]:
+    """Flags -> (settings, run folder to resume). Defaults < preset or the resumed run's config < flags given."""
+    source = Path(__file__).read_text()
+    helps = dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", source[source.index("class Settings"):], flags=re.MULTILINE))
+    parser = argparse.ArgumentParser(
+        description="ExpRL: mid-train a language model with a judge's dense rewards. Without flags: the embedded miniature.",
+        argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, help="a set of defaults: " + ", ".join(PRESETS))
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest checkpoint of this run's folder")
+    choices = dict(method=("outcome", "grpo"), overlong=("zero", "judge", "drop"), norm=("std", "mean"),
+                   readout=READOUTS, dtype=("auto", "float32", "bfloat16"))
+    for f in dataclasses.fields(Settings):
+        flag = "--" + f.name.replace("_", "-")
+        text = f"{helps[f.name]} (default: {f.default if f.default not in ('', ()) else 'see text'})".replace("%", "%%")
+        if f.type == "bool" or isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true", help=text)
+        elif isinstance(f.default, tuple):
+            parser.add_argument(flag, nargs="+", type=int if f.name == "eval_k" else str, help=text)
+        else:
+            parser.add_argument(flag, type=type(f.default), choices=choices.get(f.name), help=text)
+    given = vars(parser.parse_args(argv))
+    preset, resume = given.pop("preset", None), given.pop("resume", None)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if resume:
+        if not (resume / "config.json").exists():
+            parser.error(f"--resume {resume}: no config.json there; name a run's folder")
+        saved = json.loads((resume / "config.json").read_text())["settings"]
+        base = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        moved = sorted(k for k in given if k in ("model", "data", "seed", "questions", "group", "out") and given[k] != base[k])
+        if moved:
+            parser.error(f"--resume continues the same run: --{moved[0].replace('_', '-')} cannot change")
+    else:
+        preset = preset or ("miniature" if "model" not in given else None)
+        base = PRESETS[preset] if preset else {}
+        if preset == "miniature" and "data" in given and "eval_data" not in given:
+            base = {**base, "eval_data": ()}
+    settings = Settings(**{**base, **given})
+    if not settings.model:
+        parser.error("--model is missing: this preset needs one")
+    if not settings.judge:
+        settings = dataclasses.replace(settings, judge=settings.model)
+    if not settings.eval_data and settings.data == Settings.data:
+        settings = dataclasses.replace(settings, eval_data=settings.data)  # the same data set's test split
+    problem = complaint(settings)
+    if problem:
+        parser.error(problem)
+    return settings, resume
+
+
+def complaint(s: Settings) -> str:
+    """What is wrong with the settings, before any long work starts; "" if nothing is."""
+    for name in ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows", "eval_n", "keep"):
+        if getattr(s, name) < 1:
+            return f"--{name.replace('_', '-')} must be at least 1"
+    if s.temperature <= 0:
+        return "--temperature must be above 0: greedy traces of a problem are all the same"
+    if s.group < 2:
+        return "--group must be at least 2: a trace is compared with the others of its problem"
+    if s.updates > s.questions:
+        return "--updates cannot exceed --questions: each update needs a problem of its own"
+    if max(s.eval_k) > s.eval_n or min(s.eval_k) < 1:
+        return f"--eval-k must lie between 1 and --eval-n {s.eval_n}"
+    if not s.lr > 0 or s.kl < 0 or not 0 <= s.clip_low < 1 or s.clip_high < 0 or s.dual_clip <= 1 or s.grad_clip <= 0:
+        return "need --lr > 0, --kl >= 0, 0 <= --clip-low < 1, --clip-high >= 0, --dual-clip > 1, --grad-clip > 0"
+    return ""
+
+
+def start_run(settings: Settings) -> tuple[Path, State]:
+    """Build everything that can fail first, then the run's folder, so that a bad start leaves no folder behind."""
+    name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}"
+    run = Path(settings.out or Path("runs") / name)
+    if run.exists() and any(run.iterdir()):
+        raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
+    state = build_state(settings)
+    run.mkdir(parents=True, exist_ok=True)
+    return run, state
+
+
+def resume_run(run: Path, settings: Settings) -> State:
+    config = json.loads((run / "config.json").read_text())
+    errors = []
+    for checkpoint in reversed(complete_checkpoints(run)):
+        try:
+            state = build_state(settings, str(checkpoint))
+            restore(state, checkpoint, settings)
+            break
+        except (Exception, SystemExit) as error:  # a damaged newest checkpoint must not hide an older good one
+            errors.append(f"{checkpoint}: {error}")
+            print(f"cannot use {errors[-1]}", file=sys.stderr)
+    else:
+        if errors:
+            raise SystemExit(f"no checkpoint of {run} can be used")
+        state = build_state(settings)  # stopped before its first checkpoint
+    if fingerprint(state.train) != config["train_fingerprint"]:
+        raise SystemExit(f"the training data is not the one {run} was started with: restore it, or start a new run")
+    print(f"resuming {run} after step {state.step}")
+    return state
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+REMEDIES = {
+    "sampling": "lower --max-rows, --group or --max-new-tokens",
+    "evaluating": "lower --max-rows or --max-new-tokens",
+    "judging": "lower --max-rows, or take a smaller --judge",
+    "training": "lower --microbatch-tokens, or add --checkpoint-activations",
+}
+
+
+def main(argv=None) -> None:
+    settings, resume = parse(argv)
+    torch.manual_seed(settings.seed)  # nothing below draws from it; a fork that does stays reproducible
+    run, state = (resume, resume_run(resume, settings)) if resume else start_run(settings)
+    config = {"settings": dataclasses.asdict(settings), "train_fingerprint": fingerprint(state.train),
+              "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
+    write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
+    size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
+    judge = "no judge (exact match)" if state.judge is None else f"judge {settings.judge} ({state.judge.readout})"
+    print(f"ExpRL {settings.method}: {settings.model} ({size:.1f}M parameters), {judge}, {len(state.train)} problems, "
+          f"{settings.questions} x {settings.group} traces a step, {state.device} {str(state.dtype)[6:]}; run {run}")
+    try:
+        run_training(state, settings, run)
+    except Stop as stop:
+        print(f"\n{stop}; to go on: python exprl.py --resume {run}", file=sys.stderr)
+        raise SystemExit(0 if str(stop).startswith("stopped by") else 1) from stop
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise SystemExit(f"out of memory while {state.phase}: {REMEDIES.get(state.phase, 'take a smaller model')}; "
+                         f"then: python exprl.py --resume {run}\n({str(error).splitlines()[0]})") from error
+    print(closing_table(run, settings))
+    print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
+    if settings.model == PRESETS["miniature"]["model"]:
+        print("next: the same with sparse rewards, to compare:  python exprl.py --method grpo\n"
+              "      on a real model:                           python exprl.py --model Qwen2.5-0.5B-Instruct")
+    else:
+        print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16")
+
+
+if __name__ == "__main__":
+    main()

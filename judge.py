@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Problem, load_problems
-from sample import Sampler, load_lm, pick_device, pick_dtype, write_atomically
+from data import Problem
+from sample import Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, write_atomically
 
 RUBRIC = """\
 You are an exacting examiner of mathematical work. You are shown a problem, a reference solution that is known to be \
@@ -96,7 +96,7 @@ class Judge:
                  reply_tokens: int | None = None, max_rows: int = 256):
         """prompts: a judge trained for a prompt of its own brings it along (prompts.json in its folder);
         readout: one of READOUTS; reply_tokens: bound of the critique (default 96) or of the free reply (1024)."""
-        prompts = prompts or {}
+        prompts = prompts if prompts and "user" in prompts else {}  # a policy's prompts.json is not a judge's
         self.readout = readout or prompts.get("readout", "expected")
         if self.readout not in READOUTS:
             raise SystemExit(f"unknown readout {self.readout!r}: one of {', '.join(READOUTS)}")
@@ -111,7 +111,7 @@ class Judge:
         self.fixed = self.render(system, user)
         self.stem = self.encode(prompts.get("stem", STEM))
         self.digit_ids = self.find_digits(prompts.get("stem", STEM))
-        self.tokens = 0  # read and written so far, for judge_tok_s
+        self.tokens = 0  # read and written so far
 
     def find_digits(self, stem: str) -> list[int]:
         ids = []
@@ -191,7 +191,7 @@ def score(grade: float) -> float:
 
 def read_grade(reply: str) -> float:
     """The last "Score: d" of a free reply as a number in 1..5, else NaN. "[4]", "**4**", "4/5" and "4.5" are read."""
-    found = re.findall(r"score\W{0,8}?(-?\d+(?:\.\d+)?)", reply, flags=re.IGNORECASE)
+    found = re.findall(r"score\W{0,8}?(?:\\boxed\{)?(-?\d+(?:\.\d+)?)", reply, flags=re.IGNORECASE)
     grade = float(found[-1]) if found and len(found[-1]) < 9 else math.nan
     return grade if 1 <= grade <= 5 else math.nan
 
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
-    problems = load_problems(args.data, split="test")
+    problems = problems_or_exit(args.data, "test", need_solution=True)
     records = read_traces(args.traces, problems)[: args.limit]
     device = pick_device(args.device)
     lm = load_lm(args.judge, device, pick_dtype(args.dtype, device))

@@ -30,9 +30,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data import Problem, bootstrap_interval, is_correct, load_problems, pass_at_k
+# transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours while it looks.
+_ours = sys.modules.pop("kernels", None)
+sys.modules["kernels"] = None
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+del sys.modules["kernels"]
+if _ours is not None:
+    sys.modules["kernels"] = _ours
+
+from data import Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
+
+transformers_logging.disable_progress_bar()  # its bars for loading and saving would tear ours
 
 # One constant for training, Stage II and evaluation: a model must not meet a new prompt when it is measured.
 SYSTEM_PROMPT = (
@@ -529,6 +540,14 @@ def evaluate(lm: LM, problems: list[Problem], n: int, ks, max_new_tokens: int, t
     return metrics, records
 
 
+def problems_or_exit(specs, split: str, **options) -> list[Problem]:
+    """load_problems for a program: its errors name file, row and remedy, and need no traceback."""
+    try:
+        return load_problems(list(specs), split=split, **options)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
 def pick_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
@@ -576,7 +595,7 @@ def main() -> None:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out: the folder {args.out.parent} does not exist")
-    problems = load_problems(args.data, split="test", skip_bad_rows=args.skip_bad_rows)[: args.limit]
+    problems = problems_or_exit(args.data, "test", skip_bad_rows=args.skip_bad_rows)[: args.limit]
     device = pick_device(args.device)
     lm = load_lm(args.model, device, pick_dtype(args.dtype, device))
     long = {p.id for p in too_long(lm, problems, args.max_prompt_tokens)}

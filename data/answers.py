@@ -6,8 +6,8 @@ are compared here, exactly and in microseconds ("$1,000.00" is "1000", "051283" 
 roots, tuples, intervals, percent, units) goes to math-verify, which reads LaTeX.
 
 math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for years inside one C call, where
-no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces: the
-worker dies, the verdict is False, the next question starts a new worker.
+no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces:
+the worker dies, the verdict is False, the next question starts a new worker.
 
 Left out: tolerance (0.33 is not 1/3), conversion of units, proofs, code.
 Try the worker: echo '["\\frac12", "0.5"]' | python data/answers.py    (reference and answer; it replies 1)
@@ -28,7 +28,7 @@ from operator import index
 
 MAX_TEXT = 1_000_000  # characters of a text that are searched, from its end
 MAX_ANSWER = 1_000  # characters; longer is no final answer and never right
-CPU_SECONDS = 3  # for one question to math-verify. CPU time: a busy machine must not change a verdict
+CPU_SECONDS = 2  # for one question to math-verify. CPU time: a busy machine must not change a verdict
 WALL_SECONDS = 60  # and never longer than this, whatever the worker waits for
 MEMORY = 2 << 30  # bytes of address space for the worker (Linux only)
 
@@ -48,31 +48,40 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" ma
 
 def extract_answer(text: str) -> str | None:
     r"""The content of the last complete \boxed{...} ("" if empty), else the last number, else None."""
+    box = last_box(text)
+    if box is not None:
+        return box
     text = text[-MAX_TEXT:]
-    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    for start in (last, 0) if last >= 0 else ():  # from the start only if the last box never closes
-        answer, opened = None, []  # opened: per open brace, where the content of its box starts, or -1
-        for token in _BRACE.finditer(text, start):
-            if token[2]:
-                answer = (token.start(2), token.end(2))
-            elif token[1]:
-                opened.append(token.end())
-            elif token[0] == "{":
-                opened.append(-1)
-            elif token[0] == "}" and opened:
-                begin = opened.pop()
-                if begin >= 0 and (answer is None or begin > answer[0]):
-                    answer = (begin, token.start())
-            if start and not opened:  # the last box is complete
-                break
-        if answer is not None:
-            return text[answer[0]:answer[1]].strip()
     for tail in (text[-100:], text):  # most texts end in a number
         number = None
         for number in _NUMBER.finditer(tail):
             pass
         if number and (number.start() > 3 or len(tail) == len(text)):  # else the tail's edge may have cut it
             return number[0]
+    return None
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the \boxed{...} that starts last among those that are closed."""
+    text = text[-MAX_TEXT:]
+    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    for start in (last, 0) if last >= 0 else ():  # from the text's start only if the last box is not closed
+        found, opened = None, []  # opened: per open brace, where the content of its box starts, or -1
+        for token in _BRACE.finditer(text, start):
+            if token[2]:
+                found = token.span(2)
+            elif token[1]:
+                opened.append(token.end())
+            elif token[0] == "{":
+                opened.append(-1)
+            elif token[0] == "}" and opened:
+                begin = opened.pop()
+                if begin >= 0 and (found is None or begin > found[0]):
+                    found = (begin, token.start())
+            if start and not opened:  # past the last box's end
+                break
+        if found is not None:
+            return text[found[0]:found[1]].strip()
     return None
 
 
@@ -112,7 +121,7 @@ def _decimal(answer: str) -> Decimal | None:
 
 
 def _words(answer: str) -> str | None:
-    """Words are compared as such (math-verify reads "silent" as a product of six symbols, equal to "listen")."""
+    """Words are compared as such (to math-verify "silent" is a product of symbols, equal to "listen")."""
     return " ".join(answer.split()).casefold() if _WORDS.fullmatch(answer) else None
 
 

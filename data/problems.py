@@ -1,12 +1,12 @@
-r"""Problems, what a run asks of a model, and the readers that make them from local files or the hub's data sets.
+r"""Problems, what a run asks of a model, and their readers: local files, data sets on the hub.
 
 A row is one of these (other columns are ignored)
   GSM8K   question, answer       reasoning that ends in a line "#### 18"
   MATH    problem, solution      the answer is in the solution's last \boxed{}
   AIME    problem, solution, answer
   plain   question, solution, answer, domain
-GSM8K's solutions lose their calculator marks (<<48/2=24>>), and the closing "#### 18" becomes "\boxed{18}": the
-form that the policy is asked for, and no line that could be taken for a "###" step.
+GSM8K's solutions lose their calculator marks (<<48/2=24>>), and the closing "#### 18" becomes "\boxed{18}":
+the form that the policy is asked for, and no line that could be taken for a "###" step.
 
 Left out: chat-style rows, CSV, compressed files, data sets that the hub holds only as a loading script.
 Try it: python -c "import data; print(data.load_problems('openai/gsm8k:main:test')[0])"
@@ -18,18 +18,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .answers import extract_answer
+from .answers import last_box
 
 SUFFIXES = (".parquet", ".jsonl", ".json")  # in order of preference where the hub has a data set in several
 COLUMNS = ("id", "idx", "unique_id", "question", "problem", "solution", "answer", "domain")
 SCHEMAS = ("question + answer with '#### 18' (GSM8K), problem + solution with \\boxed{} (MATH), "
            "problem + solution + answer (AIME), question + solution + answer + domain")
 MAX_BAD_SHARE = 0.5  # of a file's rows; with more it is the wrong file, and nothing is skipped
-_REMEDY = ("Download it where there is a network (hf download OWNER/NAME --repo-type dataset --local-dir FOLDER) "
-           "and pass --data FOLDER or --data file.jsonl; or copy a filled cache and set HF_HOME to it; or unset "
-           "HF_HUB_OFFLINE if it is set.")
+_REMEDY = ("Where there is a network: hf download OWNER/NAME --repo-type dataset --local-dir FOLDER; "
+           "then pass --data FOLDER or --data FILE.jsonl. Or copy a filled cache and set HF_HOME to it. If "
+           "HF_HUB_OFFLINE is set and need not be, unset it.")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_SPLIT = re.compile(r"(?:^|[-_./ ])(train|test|validation|valid|val|dev)(?=[-_./ ])", re.I)
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+_SPLIT = re.compile(rf"(?:^|[-_./ ])({'|'.join(_SPLITS)})(?=[-_./ ])", re.I)
 _SHARD = re.compile(r"\d{5}-of-(\d{5})")
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL is never text, and tokenizers refuse half a surrogate pair
 
@@ -57,20 +58,24 @@ def load_problems(spec: str | list[str], *, split: str = "train", skip_bad_rows:
     need_solution, need_answer: is a row without one bad? (Judges need references, exact match needs answers.)
     Raises ValueError when there is no such file, the hub is out of reach, or config or split are unclear.
     """
-    files = [file for one in ([spec] if isinstance(spec, str) else spec) for file in _find_files(one, split)]
+    specs = [spec] if isinstance(spec, (str, Path)) else spec
+    files = [file for one in specs for file in _find_files(str(one), split)]
     if len({file.absolute() for file in files}) < len(files):
         raise ValueError(f"the same file is named twice: {max(files, key=files.count)}")
+    paths = [file.absolute().with_suffix("") for file in files]
+    if len(set(paths)) < len(paths):  # a.json beside a.jsonl
+        paths = [file.absolute() for file in files]
     depth, names = 0, []
-    while len(set(names)) < len(files):  # equal stems get as many folders in front as it takes to differ
+    while len(set(names)) < len(paths):  # equal stems get as many folders in front as it takes to differ
         depth += 1
-        names = ["/".join(file.absolute().with_suffix("").parts[-depth:]) for file in files]
+        names = ["/".join(path.parts[-depth:]) for path in paths]
     return [problem for file, name in zip(files, names)
             for problem in _load_file(file, name, skip_bad_rows, need_solution, need_answer)]
 
 
 # ---- rows ----
 
-def _load_file(file: Path, name: str, skip_bad_rows: bool, need_solution: bool, need_answer: bool) -> list[Problem]:
+def _load_file(file: Path, name: str, skip_bad_rows: bool, need_solution: bool, need_answer: bool) -> list:
     problems, bad, places, columns = [], [], {}, None
     for place, row in _read_rows(file):
         try:
@@ -108,17 +113,17 @@ def _read_problem(row: dict, name: str, place: str, need_solution: bool, need_an
     if not question:
         raise ValueError("no question: column `question` or `problem` is missing or empty")
     if not solution and "####" in answer:  # GSM8K
-        reasoning, _, answer = (part.strip() for part in re.sub("<<[^<>\n]*>>", "", answer).rpartition("####"))
+        reasoning, answer = (re.sub("<<[^<>\n]*>>", "", part).strip() for part in answer.rsplit("####", 1))
         solution = f"{reasoning}\n\\boxed{{{answer}}}" if reasoning and answer else reasoning
-    elif solution and not answer and ("\\boxed" in solution or "\\fbox" in solution):  # MATH
-        answer = extract_answer(solution) or ""
+    elif not answer:  # MATH. A last number would be a guess: enough for a trace, not for a reference
+        answer = last_box(solution) or ""
     if not solution and "\n" in answer:
         raise ValueError("`answer` has several lines but none '#### <final answer>' at its end")
     if need_solution and not solution:
-        raise ValueError("no reference: column `solution` is missing or empty (only evaluation does without)")
+        raise ValueError("no reference: column `solution` is missing or empty")
     if need_answer and not answer:
         raise ValueError("no answer: neither in column `answer` nor in a \\boxed{} of the solution")
-    own = next((row[key] for key in ("id", "idx", "unique_id") if row.get(key) is not None), place.split()[1])
+    own = next((row[key] for key in COLUMNS[:3] if row.get(key) is not None), place.split()[1])
     if type(own) not in (int, str) or not str(own).strip():
         raise ValueError(f"the id is neither a number nor a text: {own!a:.40}")
     return Problem(f"{name}/{own}", question, solution, answer, _text(row, "domain") or "math")
@@ -145,26 +150,28 @@ def _read_rows(file: Path):
         import pyarrow
         from pyarrow.parquet import ParquetFile
         try:
-            table = ParquetFile(file)
-            names = table.schema_arrow.names
+            parquet = ParquetFile(file)
+            names = parquet.schema_arrow.names
             wanted = [name for name in names if name in COLUMNS] or names  # images and the like stay on disk
-            rows = (row for batch in table.iter_batches(1024, columns=wanted) for row in batch.to_pylist())
+            rows = (row for batch in parquet.iter_batches(1024, columns=wanted) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise BadRows(f"{file}: not a readable parquet file: {error}") from error
         return
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    # A .json file with one object a line is JSON lines; one that is a single object reads the same either way.
-    if file.suffix == ".json" and not _is_json(data.split(b"\n", 1)[0], dict):
+    if file.suffix == ".json":
         try:
             rows = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise BadRows(f"{file}: invalid JSON: {error}") from error
-        lists = [one for one in rows.values() if isinstance(one, list)] if isinstance(rows, dict) else [rows]
-        if len(lists) != 1 or not isinstance(lists[0], list):
-            raise BadRows(f"{file}: a list of rows is needed, or an object that holds one list")
-        yield from ((f"row {number}", row) for number, row in enumerate(lists[0], 1))
-        return
+            rows = None  # objects one below the other are JSON lines, whatever the suffix
+            if not data.lstrip().startswith(b"{"):
+                raise BadRows(f"{file}: invalid JSON: {error}") from error
+        if isinstance(rows, dict):  # {"version": 1, "data": [...]}, or a single row
+            lists = [value for value in rows.values() if isinstance(value, list)]
+            rows = lists[0] if len(lists) == 1 else [rows]
+        if isinstance(rows, list):
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+            return
     for number, line in enumerate(data.split(b"\n"), 1):  # not splitlines: U+2028 may stand inside a text
         if line.strip():
             try:
@@ -172,3 +179,86 @@ def _read_rows(file: Path):
             except (ValueError, RecursionError) as error:
                 row = error
             yield f"line {number}", row
+
+
+# ---- files ----
+
+def _find_files(spec: str, split: str) -> list[Path]:
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{spec}: not a {', '.join(SUFFIXES)} file")
+        return [path]
+    source, config, own_split = (spec, "", "") if path.is_dir() else (*spec.split(":", 2), "", "")[:3]
+    folder, split = Path(source).expanduser(), own_split or split
+    if folder.is_dir():
+        return [folder / name for name in _choose_files(_list_files(folder), spec, config, split)]
+    if folder.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise ValueError(f"{spec}: no such file or folder, nor a hub name (owner/name[:config[:split]])")
+    return _hub_files(source, spec, config, split)
+
+
+def _hub_files(source: str, spec: str, config: str, split: str) -> list[Path]:
+    """The data set's files in the hub's local cache, downloaded where they are missing."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    cache = Path(HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"
+    snapshot = None
+    try:
+        names = [file.rfilename for file in HfApi().dataset_info(source).siblings]
+    except Exception as error:  # no network, offline mode, proxy, no access, unknown name: the cache may do
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        try:  # by hand: the library refuses a snapshot of which only the needed files were downloaded
+            snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
+            names = _list_files(snapshot)
+        except OSError:
+            raise ValueError(f"{spec}: no file or folder of that name, nothing from the hub ({reason}), "
+                             f"no copy in its cache ({cache}).\n{_REMEDY}") from error
+        print(f"{spec}: nothing from the hub ({reason}), using {snapshot}", file=sys.stderr)
+    chosen = _choose_files(names, spec, config, split)
+    suffix = min((PurePosixPath(name).suffix for name in chosen), key=SUFFIXES.index)
+    chosen = [name for name in chosen if name.endswith(suffix)]  # some data sets are there in two formats
+    if snapshot is not None:
+        return [snapshot / name for name in chosen]
+    try:
+        return [Path(hf_hub_download(source, name, repo_type="dataset")) for name in chosen]
+    except Exception as error:  # needs a login, the network went away, the disk is full
+        raise ValueError(f"{spec}: download failed: {type(error).__name__}: {error}\n{_REMEDY}") from error
+
+
+def _list_files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _choose_files(names: list[str], spec: str, config: str, split: str) -> list[str]:
+    """The files of one config and one split; paths: main/train-00000-of-00001.parquet, data/test.jsonl.
+    A config is a folder; data/ and none are "default". A split is a word in a file's or folder's name; files
+    without one are left out, unless none has one: then all are taken."""
+    configs, splits = {}, {}
+    for name in names:
+        *folders, file = PurePosixPath(name).parts
+        if PurePosixPath(file).suffix in SUFFIXES and file not in _METADATA and not name.startswith("."):
+            own = "/".join(part for part in folders if part.lower() not in ("data", *_SPLITS))
+            configs.setdefault(own or "default", []).append(name)
+    if not configs:
+        raise ValueError(f"{spec}: holds no {', '.join(SUFFIXES)} file")
+    source = spec.split(":")[0]
+    if not config:
+        config = next((one for one in ("main", "default") if one in configs), "")
+    if not config and len(configs) == 1:
+        config = min(configs)
+    if config not in configs:
+        raise ValueError(f"{spec}: name one of its configs ({', '.join(configs)}): {source}:{min(configs)}")
+    for name in configs[config]:
+        words = _SPLIT.findall(name)
+        splits.setdefault(words[-1].lower() if words else "", []).append(name)
+    chosen = splits[""] if list(splits) == [""] else splits.get(split)
+    if not chosen:
+        found = [word for word in splits if word]
+        raise ValueError(f"{spec}: no split {split} but {', '.join(found)}: {source}:{config}:{found[0]}")
+    for name in chosen:
+        shards = _SHARD.search(name)
+        here = sum(_SHARD.sub("", other) == _SHARD.sub("", name) for other in chosen)
+        if shards and here != int(shards[1]):
+            raise ValueError(f"{spec}: only {here} of the {int(shards[1])} parts of {name} are here")
+    return chosen

@@ -1,0 +1,458 @@
+"""The embedded miniature: a task, a tiny policy and a tiny judge, all of data/miniature/ from one seed.
+
+    python data/miniature.py                        # remake everything
+    python data/miniature.py --only data            # or one part: data, policy, judge, measure
+
+The task is arithmetic modulo 100 along three interleaved chains, in a language of 170 tokens:
+
+    question   b=71; k=26; z=40; h=b*3; m=k+5; c=h-7; ... ? c m q        names, then what is asked
+    trace      ### h\nb 71*3 h=13\n### m\nk 26+5 m=31\n ... \boxed{063187}     a step per operation
+    reference  1) h=13\n2) c=06\n ... \boxed{063187}                      about half of the values
+
+The policy knows how to solve it (its argmax is right nearly always) but has bad habits, each taken with some
+probability at every step. They are choices that a policy gradient can reweight, and ten right choices in a row are rare.
+The judge compares a trace with the reference it is shown and answers with a digit. Its stem has a slot for every
+checkpoint, "1) 2) ... box grade ": in one forward pass it gathers a verdict at each slot, then grades.
+
+Left out: a judge that checks the arithmetic itself. Without a reference this one gives everything a 1.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+FOLDER = Path(__file__).resolve().parent / "miniature"
+NAMES = "abcdefghijklmnopqrstuvwxyz"
+HARD, DEEP = (3, 3, 4), (4, 4, 5)  # operations per chain: train, dev and eval; the deep split
+MAX_CHECKS = 8  # checkpoints of a reference, and slots of the judge's stem
+SPLITS = {"train": (1000, HARD), "dev": (200, HARD), "eval": (200, HARD), "deep": (200, DEEP)}
+
+# What the base does wrong, each with its probability per step: copy the source's value instead of computing, take
+# another source, write a random value, stop and box what there is. 0.68 of the steps are right, 0.68^10 = 2%.
+HABITS = {"skip": 0.125, "source": 0.10, "slip": 0.08, "stop": 0.015}
+
+
+class Row(NamedTuple):
+    """A line of the .jsonl files."""
+
+    question: str
+    solution: str  # the terse reference
+    answer: str
+    domain: str
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Task
+
+
+def compute(value: int, op: str, operand: int) -> int:
+    return {"+": value + operand, "-": value - operand, "*": value * operand}[op] % 100
+
+
+def make_problem(rng: random.Random, depths=HARD) -> Row:
+    """One problem with depths[i] operations in chain i, the chains shuffled and interleaved.
+
+    Every operation is a bijection modulo 100 that changes its source: a wrong value never heals on its way to the
+    answer, and a skipped step is always a wrong one. The reference states an irregular subset of the values."""
+    depths = rng.sample(depths, len(depths))
+    names = rng.sample(NAMES, sum(depths) + len(depths))
+    last = [names.pop() for _ in depths]
+    values = {name: rng.randrange(100) for name in last}
+    question = [f"{name}={values[name]:02d}" for name in last]
+    order = [chain for chain, depth in enumerate(depths) for _ in range(depth)]
+    rng.shuffle(order)
+    steps = []
+    for chain in order:
+        source, name = last[chain], names.pop()
+        while name not in values or values[name] == values[source]:
+            op = rng.choice("+-*")
+            operand = rng.choice((3, 7)) if op == "*" else rng.randint(1, 9)
+            values[name] = compute(values[source], op, operand)
+        question.append(f"{name}={source}{op}{operand}")
+        last[chain] = name
+        steps.append(name)
+    count = min(MAX_CHECKS, max(1, round(len(steps) * rng.uniform(0.35, 0.65))))
+    checks = [steps[i] for i in sorted(rng.sample(range(len(steps)), count))]
+    answer = "".join(f"{values[name]:02d}" for name in last)
+    solution = "".join(f"{i}) {name}={values[name]:02d}\n" for i, name in enumerate(checks, 1)) + box(answer)
+    return Row("; ".join(question) + "? " + " ".join(last), solution, answer, "chain")
+
+
+def box(answer: str) -> str:
+    return f"\\boxed{{{answer}}}"
+
+
+def parse(question: str) -> tuple[dict, list, list]:
+    """-> literals {name: value}, operations [(name, source, op, operand)] in order, names asked for."""
+    definitions, _, asked = question.partition("? ")
+    literals, operations = {}, []
+    for definition in definitions.split("; "):
+        name, _, right = definition.partition("=")
+        if right.isdigit():
+            literals[name] = int(right)
+        else:
+            operations.append((name, right[0], right[1], int(right[2:])))
+    return literals, operations, asked.split()
+
+
+def work(rng: random.Random, question: str, errors: float = 1.0, forced: dict[int, str] | None = None) -> str:
+    """A trace in the policy's own style. Habits strike with their probability times `errors`, or, with
+    forced = {step: habit}, exactly there. A wrong value is carried on."""
+    values, operations, asked = parse(question)
+    newest = {name: name for name in values}  # chain (its literal's name) -> its last computed name
+    chain_of = dict(newest)
+    text, stopped = "", False
+    for i, (name, source, op, operand) in enumerate(operations):
+        chain_of[name] = chain_of[source]
+        if forced is None:
+            right = max(0.0, 1 - errors * sum(HABITS.values()))
+            habit = rng.choices([*HABITS, None], [*(p * errors for p in HABITS.values()), right])[0]
+        else:
+            habit = forced.get(i)
+        stopped = stopped or habit == "stop"
+        if stopped:
+            continue
+        if habit == "source":
+            source = rng.choice([other for other in values if other != source] or [source])
+        result = compute(values[source], op, operand)
+        result = {"skip": values[source], "slip": rng.randrange(100)}.get(habit, result)
+        text += f"### {name}\n{source} {values[source]:02d}{op}{operand} {name}={result:02d}\n"
+        values[name] = result
+        newest[chain_of[name]] = name
+    return text + box("".join(f"{values[newest[chain_of[name]]]:02d}" for name in asked))
+
+
+STEP = re.compile(r"### ([a-z])\n([a-z]) (\d\d)([-+*])(\d) ([a-z])=(\d\d)\n")
+
+
+def worked(problem, text: str) -> bool:
+    """Answer and every step right: all operations, nothing else, then the box. `problem` has question and answer."""
+    values, operations, _ = parse(problem.question)
+    due = set()
+    for name, source, op, operand in operations:
+        values[name] = compute(values[source], op, operand)
+        due.add((name, source, f"{values[source]:02d}", op, str(operand), name, f"{values[name]:02d}"))
+    return set(STEP.findall(text)) == due and STEP.sub("", text).strip() == box(problem.answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rubric: what the judge is trained to answer
+
+CHECK = re.compile(r"^\d\) ([a-z])=(\d\d)$", re.M)
+STATEMENT = re.compile(r"([a-z])=(\d\d)$", re.M)  # a line that ends in a name and its value
+BOX = re.compile(r"\\boxed\{(\d*)\}")
+
+
+def marks(solution: str, trace: str) -> tuple[list[str], str]:
+    """The trace against the reference: a mark per checkpoint, and one for the (last) box.
+    "+" every statement of it agrees, "-" some statement differs, "?" not stated."""
+    stated: dict[str, set] = {}
+    for name, value in STATEMENT.findall(trace):
+        stated.setdefault(name, set()).add(value)
+    checks = ["?" if name not in stated else "+" if stated[name] == {value} else "-"
+              for name, value in CHECK.findall(solution)]
+    ours, theirs = BOX.findall(trace), BOX.findall(solution)
+    return checks, "?" if not ours else "+" if theirs and ours[-1] == theirs[-1] else "-"
+
+
+def outcome_grade(solution: str, trace: str) -> int:
+    """5: every checkpoint and the box agree. Else 1..4 by the share of checkpoints that agree; no reference: 1."""
+    checks, boxed = marks(solution, trace)
+    if not checks:
+        return 1
+    return 5 if boxed == "+" and set(checks) == {"+"} else 1 + int(3.99 * checks.count("+") / len(checks))
+
+
+def prefix_grade(solution: str, trace: str) -> int:
+    """A value, which can fall: 5 while nothing is contradicted, one less for each contradicted checkpoint. Once the
+    trace is boxed it is over: a wrong box and every checkpoint not stated cost one, too. No reference: 1."""
+    checks, boxed = marks(solution, trace)
+    if not checks:
+        return 1
+    lost = checks.count("-") + (boxed == "-") + (checks.count("?") if boxed != "?" else 0)
+    return max(1, 5 - lost)
+
+
+GRADES = {"outcome": outcome_grade, "prefix": prefix_grade}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Language
+
+SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|reference|>", "<|trace|>"]
+WORDS = ["### ", "\n", "\\boxed{", "}", "; ", "? ", " ", "=", "+", "-", "*", "?", "outcome", "prefix", "reference ",
+         "box ", "grade ", "match", "wrong", "all", "no", *(f"{i}) " for i in range(1, MAX_CHECKS + 1)),
+         *NAMES, *"0123456789", *(f"{i:02d}" for i in range(100))]
+ID = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+PIECES = "|".join(re.escape(word) for word in sorted(WORDS, key=len, reverse=True)) + r"|[\s\S]"
+SPLIT = re.compile(PIECES)
+CHAT = ("{% for m in messages %}{% if m['content'] %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+POLICY_PROMPTS = {"system": "", "distill": "{question}\nreference {reference}"}
+JUDGE_PROMPTS = {
+    "readout": "expected",
+    "system": {"outcome": "outcome grade 5=all match 1=no match", "prefix": "prefix grade 5=no wrong 1=all wrong"},
+    "user": "{question}<|reference|>{reference}<|trace|>{trace}<|trace|>",
+    "stem": "".join(f"{i}) " for i in range(1, MAX_CHECKS + 1)) + "box grade ",
+    "no_reference": "",
+}
+
+
+def encode(text: str) -> list[int]:
+    """What the tokenizer gives for text of others (special tokens not recognised), without loading it."""
+    return [ID.get(piece, ID["<|unk|>"]) for piece in SPLIT.findall(text)]
+
+
+def make_tokenizer():
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(ID, unk_token="<|unk|>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    words.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
+        extra_special_tokens=SPECIAL[3:], clean_up_tokenization_spaces=False, model_max_length=512)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def save(model, prompts: dict, name: str) -> None:
+    """Write FOLDER/name as a whole: built beside it, then moved, so that a usable folder is always in place."""
+    new, old = FOLDER / f"{name}.tmp", FOLDER / f"{name}.old.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ID["<|end|>"], ID["<|pad|>"]
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(new, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
+    make_tokenizer().save_pretrained(new)
+    (new / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
+    if (FOLDER / name).exists():
+        (FOLDER / name).rename(old)
+    new.rename(FOLDER / name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training text. A row is (ids, targets, weights): targets[t] is to be predicted at position t, where weights[t] > 0
+
+
+def easy(rng: random.Random) -> list[int]:
+    return [rng.randint(1, 4) for _ in range(rng.choice((1, 2, 2, 3, 3)))]
+
+
+def policy_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
+    """Own-style text: easy problems first, then hard ones; few errors first (skill), then HABITS at full strength.
+    In a fifth of the rows the prompt holds the reference and the work is careful, as a teacher that sees it should be."""
+    hard = rng.random() < min(0.75, 2 * progress - 0.1)
+    problem = make_problem(rng, rng.choice((HARD, HARD, HARD, DEEP)) if hard else easy(rng))
+    seen = rng.random() < 0.2
+    user = POLICY_PROMPTS["distill"].format(**problem._asdict() | {"reference": problem.solution}) if seen else problem.question
+    trace = work(rng, problem.question, 0.08 if seen else min(1.0, max(0.1, 2 * progress - 0.5)))
+    prompt = [ID["<|user|>"], *encode(user), ID["<|end|>"], ID["<|assistant|>"]]
+    trace_ids = [*encode(trace), ID["<|end|>"]]
+    return prompt + trace_ids[:-1], [0] * (len(prompt) - 1) + trace_ids, [0.0] * (len(prompt) - 1) + [1.0] * len(trace_ids)
+
+
+KINDS = {"noisy": 16, "near": 14, "right": 8, "cut": 12, "stopped": 8, "garbled": 6, "renamed": 6, "repeated": 8,
+         "dropped": 6, "box right": 8, "box wrong": 8, "box only": 2, "reference": 1, "question": 1, "empty": 1}
+ONE_STEP = re.compile(r"### .*\n.*\n")
+
+
+def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str:
+    """A trace of some kind that a policy may come to write, so that no kind is a hole in the judge."""
+    kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
+    count = len(parse(problem.question)[1])
+    if kind in ("box only", "reference", "question", "empty"):
+        return {"box only": box(problem.answer), "reference": problem.solution, "question": problem.question}.get(kind, "")
+    if kind in ("right", "box wrong"):
+        text = work(rng, problem.question, 0)
+    elif kind in ("near", "stopped"):
+        habit = "stop" if kind == "stopped" else rng.choice(("skip", "source", "slip"))
+        text = work(rng, problem.question, forced={rng.randrange(count): habit})
+    else:
+        text = work(rng, problem.question, rng.choice((0, 0.3, 0.6, 1, 1, 2)))
+    steps, tail = ONE_STEP.findall(text), ONE_STEP.sub("", text)
+    if kind == "cut":  # at a step's end, as prefixes are, or anywhere
+        pieces = SPLIT.findall(text)
+        return "".join(rng.choice((steps[:rng.randint(0, len(steps))], pieces[:rng.randint(0, len(pieces))])))
+    if kind == "garbled":
+        pieces = SPLIT.findall(text)
+        for _ in range(rng.randint(1, 6)):
+            i = rng.randrange(len(pieces))
+            pieces[i:i + 1] = rng.choice(([""], [pieces[i]] * 2, [rng.choice(WORDS)], [rng.choice(pieces)]))
+        return "".join(pieces)
+    for _ in range(rng.randint(1, 4) if steps else 0):
+        i = rng.randrange(len(steps))
+        if kind == "renamed":
+            name = rng.choice((rng.choice(NAMES), rng.choice(steps)[4]))
+            steps[i] = rng.choice((f"### {name}{steps[i][5:]}", f"{steps[i][:-5]}{name}{steps[i][-4:]}"))
+        if kind == "repeated":  # perhaps with another value
+            again = rng.choice((steps[i], steps[i][:-3] + f"{rng.randrange(100):02d}\n"))
+            steps.insert(rng.randint(0, len(steps)), again)
+        if kind == "dropped" and len(steps) > 1:
+            steps.pop(i)
+    if kind == "dropped" and rng.random() < 0.3:
+        rng.shuffle(steps)
+    if kind == "box right":
+        tail = box(problem.answer)
+    if kind == "box wrong":
+        values = re.findall("..", problem.answer)
+        values[rng.randrange(len(values))] = f"{rng.randrange(100):02d}"
+        tail = box("".join(rng.choice((values, rng.sample(values, len(values)), values[1:], values + values[:1]))))
+    return "".join(steps) + (tail if rng.random() < 0.9 else "")
+
+
+def some_reference(rng: random.Random, problem: Row) -> str:
+    """Mostly the problem's own. Else none, another problem's, or its own with other values: the judge must follow the
+    reference that it is shown."""
+    kind = rng.choices(("own", "none", "other", "changed"), (75, 4, 6, 15))[0]
+    if kind == "none":
+        return ""
+    if kind == "other":
+        return make_problem(rng).solution
+    if kind == "changed":
+        share = rng.choice((0.2, 0.5))
+        return re.sub(r"(?<==)\d\d|(?<=\{)\d\d", lambda m: f"{rng.randrange(100):02d}" if rng.random() < share else m[0],
+                      problem.solution)
+    return problem.solution
+
+
+def judge_row(rng: random.Random, progress: float, pool=()) -> tuple[list, list, list]:
+    """A judge's prompt with dense supervision: beside the grade, the mark of every value stated in the trace and of
+    every slot of the stem are targets of the same head. Nobody asks it to predict the trace."""
+    if pool and rng.random() < 0.4:
+        problem, trace = rng.choice(pool)
+    else:
+        hard = rng.random() < min(0.8, 3 * progress - 0.3)
+        problem = make_problem(rng, rng.choice((HARD, HARD, DEEP)) if hard else easy(rng))
+        trace = some_trace(rng, problem)
+    if rng.random() < 0.3:
+        trace = trace.rstrip("\n")
+    view, solution = rng.choice(("outcome", "outcome", "prefix")), some_reference(rng, problem)
+    question = problem.question if rng.random() < 0.4 else ""  # it decides nothing: mostly left out, for speed
+    head = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"], *encode(question),
+            ID["<|reference|>"], *encode(solution), ID["<|trace|>"]]
+    tail = [ID["<|trace|>"], ID["<|end|>"], ID["<|assistant|>"], *encode(JUDGE_PROMPTS["stem"])]
+    ids = head + encode(trace) + tail
+    target = {len(ids) - 1: (str(GRADES[view](solution, trace)), 3.0)}  # position -> (word, weight)
+    checks, boxed = marks(solution, trace)
+    for slot, mark in enumerate([*checks, *" " * (MAX_CHECKS - len(checks)), boxed]):
+        target[len(ids) - 2 - MAX_CHECKS + slot] = (mark, 0.5 if mark == " " else 1.0)
+    reference, boxes = dict(CHECK.findall(solution)), BOX.findall(solution)
+    said = {m.end(): "+" if m[1] in boxes else "-" for m in BOX.finditer(trace)}
+    for m in STATEMENT.finditer(trace):
+        said[m.end()] = " " if m[1] not in reference else "+" if m[2] == reference[m[1]] else "-"
+    end = 0
+    for position, piece in enumerate(SPLIT.findall(trace), len(head)):
+        end += len(piece)
+        if end in said:
+            target[position] = (said[end], 0.5)
+    return (ids, [ID[target[t][0]] if t in target else 0 for t in range(len(ids))],
+            [target[t][1] if t in target else 0.0 for t in range(len(ids))])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def make_model(hidden: int, layers: int, heads: int, inner: int):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(ID), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, intermediate_size=inner, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=ID["<|end|>"], pad_token_id=ID["<|pad|>"], initializer_range=0.04,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+    with torch.no_grad():  # a value starts as the sum of a tens and a units vector: arithmetic comes sooner
+        tens, units = torch.randn(2, 10, hidden) * 0.03
+        for value in range(100):
+            model.model.embed_tokens.weight[ID[f"{value:02d}"]] += tens[value // 10] + units[value % 10]
+    return model
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised per matrix (Keller Jordan, 2024). PyTorch's own works in bf16, which is slow on CPUs."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes: dict = {}
+            for p in group["params"]:
+                shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for same in shapes.values():  # matrices of one shape, or its transpose, go in one batch
+                updates = []
+                for p in same:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    update = p.grad.lerp(momentum, 0.95)
+                    updates.append(update if p.shape[0] <= p.shape[1] else update.T)
+                x = torch.stack(updates)
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):  # Newton-Schulz: singular values towards 1
+                    a = x @ x.mT
+                    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+                for p, update in zip(same, x):
+                    scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+                    p.mul_(1 - 0.01 * group["lr"])
+                    p.add_(update if p.shape[0] <= p.shape[1] else update.T, alpha=-group["lr"] * scale)
+
+
+def train(model, row, tokens: float, lr: float, batch_tokens: int = 3072, report=None, start: float = 0.0) -> None:
+    """row(progress) -> (ids, targets, weights), with progress 0..1 over the token budget. Linear decay of lr."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [Muon(matrices, {"lr": 6 * lr}), torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.01)]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    shuffle, seen, step, clock = random.Random(0), 0, 0, time.perf_counter()
+    while seen < tokens:
+        pool = sorted((row(start + (1 - start) * seen / tokens) for _ in range(512)), key=lambda r: len(r[0]))
+        batches: list[list] = []
+        for r in pool:
+            if not batches or (len(batches[-1]) + 1) * len(r[0]) > batch_tokens:
+                batches.append([])
+            batches[-1].append(r)
+        shuffle.shuffle(batches)
+        for batch in batches:
+            width = max(len(r[0]) for r in batch)
+            ids, targets, weights = (torch.tensor([list(r[i]) + [0] * (width - len(r[i])) for r in batch]) for i in range(3))
+            keep = weights > 0
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[keep]
+            losses = F.cross_entropy(model.lm_head(hidden), targets[keep], reduction="none")
+            loss = (losses * weights[keep]).sum() / weights[keep].sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, rate in zip(optimizers, rates):
+                optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * max(0.01, 1 - seen / tokens)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seen, step = seen + ids.numel(), step + 1
+            if step % 100 == 0:
+                print(f"step {step:5d}  {seen / tokens:4.0%}  loss {loss.item():.3f}  "
+                      f"{seen / (time.perf_counter() - clock):.0f} tok/s  {report() if report else ''}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The four parts
+
+
+def make_data(seed: int) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    taken = set()
+    for split, (count, depths) in SPLITS.items():
+        rng, rows = random.Random(f"{split} {seed}"), []
+        while len(rows) < count:
+            row = make_problem(rng, depths)
+            if row.question not in taken:  # no question is in two splits
+                taken.add(row.question)
+                rows.append(row)
+        text = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
+        (FOLDER / f"{split}.tmp").write_text(text)
+        os.replace(FOLDER / f"{split}.tmp", FOLDER / f"{split}.jsonl")

@@ -1,0 +1,10 @@
+"""Operations that deserve a GPU kernel, one per file: formula, plain PyTorch version, Triton version, benchmark.
+
+The PyTorch version serves the CPU and every machine without Triton; the Triton version serves CUDA. A file run
+as a program (`python kernels/token_logprob.py`) first checks its results against float64, then times itself.
+"""
+
+from .token_advantages import token_advantages
+from .token_logprob import token_logprob
+
+__all__ = ["token_advantages", "token_logprob"]

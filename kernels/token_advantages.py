@@ -1,0 +1,233 @@
+"""From a judge's grades to one advantage per sampled token.
+
+s_k is the grade of a trace after its step k = 1..S (S = n_steps); the group is the traces of one problem:
+
+    std        A = (s - m) / (std + 1e-6)            one grade per trace; mean m, unbiased std of the group (GRPO)
+    mean       A = s - m                             the same without the scale (Dr. GRPO)
+    delta      A_1 = s_1 - s_S, A_k = s_k - s_{k-1}  sums to 0 over a trace's steps; a single step gets 0
+    end        A_k = s_k - s_S for k < S, A_S = s_S
+    step_mean  A_k = s_k - m                         m: the group's mean of each trace's mean over its steps
+
+Example, delta, grades 0.25 0.75 0.50: A = 0.25-0.50, 0.75-0.25, 0.50-0.75 = -0.25, 0.50, -0.25.
+
+A grade of NaN is one that could not be read. Its trace gets 0 everywhere and enters no statistic; so does a
+trace without grades (n_steps 0). Under std a group with fewer than 2 traces left, or with equal grades, gets 0.
+Sources: DeepSeekMath arXiv 2402.03300 (std), Dr. GRPO 2503.20783 (mean), ExpRL 2606.17024 (the others).
+
+Left out: discounting; statistics over several devices (a problem's traces belong on one).
+
+    python kernels/token_advantages.py     # checks against a loop over traces, then times
+"""
+
+import time
+from statistics import fmean, stdev
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows have no Triton: the PyTorch version serves
+    triton = None
+
+NORMS = ("std", "mean", "delta", "end", "step_mean")
+# Grades of a group within this of each other are equal. The mean of equal grades is off by a rounding of 6e-8,
+# of which (s - m) / (std + 1e-6) makes 0.06; and a spread below the formula's own 1e-6 carries no judgement.
+EQUAL = 1e-6
+
+
+def token_advantages(grades, n_steps, step_ids, group, norm):
+    """One advantage per token: (N,T) float32, 0 where step_ids is -1.
+
+    grades (N,S) float32: what stands beyond a row's n_steps is ignored. n_steps (N,) int64 in [0, S]; at most 1
+    under std and mean. step_ids (N,T) int64: the token's step, counted from 0, or -1 where the policy sampled
+    nothing. Rows [i * group, (i+1) * group) are the traces of problem i. norm is one of NORMS.
+    """
+    (N, S), T = grades.shape, step_ids.shape[1]
+    assert norm in NORMS, f"norm is {norm!r}, not one of {NORMS}"
+    assert group > 0 and N % group == 0, f"{N} traces are not groups of {group}"
+    assert n_steps.shape == (N,) and len(step_ids) == N, (grades.shape, n_steps.shape, step_ids.shape)
+    most = min(S, 1) if norm in ("std", "mean") else S
+    # Worth the one wait for the device: an id off by one would train tokens on another step's grade.
+    bad = (n_steps < 0) | (n_steps > most) | ((step_ids >= n_steps[:, None]).any(1) & (n_steps > 0))
+    assert not bad.any(), (
+        f"rows {bad.nonzero()[:8, 0].tolist()}: n_steps outside 0..{most}, or a step id without a grade")
+    if S == 0:
+        return torch.zeros(N, T, device=grades.device)
+    version = triton_token_advantages if grades.is_cuda and triton is not None else torch_token_advantages
+    return version(grades.float().contiguous(), n_steps.contiguous(), step_ids.contiguous(), group, norm)
+
+
+def torch_token_advantages(grades, n_steps, step_ids, group, norm):
+    N, S = grades.shape
+    k = torch.arange(S, device=grades.device)
+    has_grade = k < n_steps[:, None]  # (N,S)
+    valid = (n_steps > 0) & ~(has_grade & grades.isnan()).any(1)  # (N,)
+    s = grades.where(has_grade & valid[:, None], 0.0)
+    if norm in ("delta", "end"):
+        last = s.gather(1, (n_steps - 1).clamp(min=0)[:, None])  # s_S (N,1)
+        if norm == "delta":
+            advantages = s - torch.cat([last, s[:, :-1]], 1)
+        else:
+            advantages = s - last.where(k < n_steps[:, None] - 1, 0.0)
+    else:
+        m, scale = _group_statistics(s.sum(1) / n_steps.clamp(min=1), valid, group)
+        advantages = s - m[:, None]
+        if norm == "std":
+            advantages = advantages * scale[:, None]
+    advantages = advantages.where(has_grade & valid[:, None], 0.0)
+    return advantages.gather(1, step_ids.clamp(0, S - 1)).where((step_ids >= 0) & valid[:, None], 0.0)
+
+
+def _group_statistics(s, valid, group):
+    """For each trace (N,), over its group's valid s: the mean, and 1 / (std + 1e-6), or 0 if the grades are equal."""
+    s, valid = s.view(-1, group), valid.view(-1, group)
+    count = valid.sum(1)
+    m = s.sum(1) / count.clamp(min=1)
+    std = ((s - m[:, None]).where(valid, 0.0).square().sum(1) / (count - 1).clamp(min=1)).sqrt()
+    spread = s.where(valid, -torch.inf).amax(1) - s.where(valid, torch.inf).amin(1)
+    scale = (1 / (std + 1e-6)).where((count > 1) & (spread > EQUAL), 0.0)
+    return m.repeat_interleave(group), scale.repeat_interleave(group)
+
+
+if triton is not None:
+
+    @triton.jit
+    def token_advantages_kernel(
+        grades_ptr, n_steps_ptr, step_ids_ptr, out_ptr, S, T, equal,
+        GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, STEP_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
+        NORM: tl.constexpr,
+    ):  # fmt: skip
+        # One program per trace. Each reads its whole group's grades (a few KB, cached): no second launch.
+        row = tl.program_id(0).to(tl.int64)  # int64: row * T may pass 2^31
+        rows = row // GROUP * GROUP + tl.arange(0, GROUP_BLOCK)
+        in_group = tl.arange(0, GROUP_BLOCK) < GROUP
+        n = tl.load(n_steps_ptr + rows, mask=in_group, other=0)
+        total = tl.zeros([GROUP_BLOCK], tl.float32)
+        unread = tl.zeros([GROUP_BLOCK], tl.int32)
+        for start in range(0, S, STEP_BLOCK):
+            k = start + tl.arange(0, STEP_BLOCK)
+            has_grade = k[None, :] < n[:, None]
+            s = tl.load(grades_ptr + rows[:, None] * S + k[None, :], mask=has_grade, other=0.0)
+            total += tl.sum(s, 1)
+            unread += tl.sum((s != s).to(tl.int32), 1)
+        valid = (n > 0) & (unread == 0)
+        valid_here = tl.sum((valid & (rows == row)).to(tl.int32), 0) > 0
+        n_here = tl.load(n_steps_ptr + row)
+
+        trace_mean = tl.where(valid, total / tl.maximum(n, 1), 0.0)
+        count = tl.sum(valid.to(tl.int32), 0)
+        m = tl.sum(trace_mean, 0) / tl.maximum(count, 1)
+        scale = 1.0
+        if NORM == "std":
+            off = tl.where(valid, trace_mean - m, 0.0)
+            std = tl.sqrt(tl.sum(off * off, 0) / tl.maximum(count - 1, 1))
+            highest = tl.max(tl.where(valid, trace_mean, -float("inf")), 0)
+            spread = highest - tl.min(tl.where(valid, trace_mean, float("inf")), 0)
+            scale = tl.where((count > 1) & (spread > equal), 1 / (std + 1e-6), 0.0)
+
+        grades_ptr += row * S
+        last = tl.load(grades_ptr + n_here - 1, mask=valid_here, other=0.0)
+        for start in range(0, T, TOKEN_BLOCK):
+            t = start + tl.arange(0, TOKEN_BLOCK)
+            k = tl.load(step_ids_ptr + row * T + t, mask=t < T, other=-1)
+            sampled = (k >= 0) & (k < n_here) & valid_here
+            s = tl.load(grades_ptr + k, mask=sampled, other=0.0)
+            if NORM == "delta":
+                before = tl.where(k == 0, n_here - 1, k - 1)
+                advantage = s - tl.load(grades_ptr + before, mask=sampled, other=0.0)
+            elif NORM == "end":
+                advantage = tl.where(k == n_here - 1, s, s - last)
+            else:
+                advantage = (s - m) * scale
+            tl.store(out_ptr + row * T + t, tl.where(sampled, advantage, 0.0), mask=t < T)
+
+
+def triton_token_advantages(grades, n_steps, step_ids, group, norm):
+    (N, S), T = grades.shape, step_ids.shape[1]
+    out = torch.empty(N, T, device=grades.device)
+    if out.numel():
+        blocks = dict(GROUP_BLOCK=triton.next_power_of_2(group), STEP_BLOCK=16, TOKEN_BLOCK=1024)
+        with torch.cuda.device_of(grades):  # Triton launches on the current device, which need not be the tensors'
+            token_advantages_kernel[(N,)](
+                grades, n_steps, step_ids, out, S, T, EQUAL, GROUP=group, NORM=norm, **blocks)
+    return out
+
+
+# ---- check and benchmark -----------------------------------------------------------------------------------
+
+
+def loop_token_advantages(grades, n_steps, step_ids, group, norm):
+    """The rules trace by trace in Python floats (float64): the reference of tests and check."""
+    traces = [row[:n] for row, n in zip(grades.tolist(), n_steps.tolist())]
+    read = [len(s) > 0 and all(x == x for x in s) for s in traces]
+    out = torch.zeros(step_ids.shape)
+    for i, s in enumerate(traces):
+        if not read[i]:
+            continue
+        first = i // group * group
+        others = [fmean(traces[j]) for j in range(first, first + group) if read[j]]
+        if norm == "delta":
+            A = [s[k] - s[k - 1] for k in range(len(s))]  # s[-1] is the last grade
+        elif norm == "end":
+            A = [x - s[-1] for x in s[:-1]] + [s[-1]]
+        else:
+            A = [x - fmean(others) for x in s]
+        if norm == "std":
+            dead = len(others) < 2 or max(others) - min(others) <= EQUAL
+            A = [0.0 if dead else x / (stdev(others) + 1e-6) for x in A]
+        for t, k in enumerate(step_ids[i].tolist()):
+            out[i, t] = A[k] if k >= 0 else 0.0
+    return out
+
+
+def random_case(N, S, T, seed, device="cpu"):
+    """Grades (N,S) with NaN beyond n_steps and one more in each eighth trace; ids with a prompt and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    grades = torch.randint(5, (N, S), generator=generator) / 4
+    n_steps = torch.randint(0, S + 1, (N,), generator=generator)
+    grades[torch.arange(S) >= n_steps[:, None]] = torch.nan
+    grades[::8, 0] = torch.nan
+    ids = (torch.rand(N, T, generator=generator).sort(1).values * (n_steps[:, None] + 2)).long() - 1
+    ids[ids >= n_steps[:, None]] = -1
+    return [x.to(device) for x in (grades, n_steps, ids)]
+
+
+def check(device):
+    for norm in NORMS:
+        for seed, (N, S, T, group) in enumerate([(4, 1, 3, 2), (16, 5, 33, 8), (30, 40, 70, 15)]):
+            grades, n_steps, ids = random_case(N, 1 if norm in ("std", "mean") else S, T, seed, device)
+            want = loop_token_advantages(grades, n_steps, ids, group, norm)
+            got = token_advantages(grades, n_steps, ids, group, norm)
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+def benchmark(device):
+    N, S, T, group = 1024, 32, 4096, 16
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = {"PyTorch": torch_token_advantages}
+    if device == "cuda" and triton is not None:
+        versions["Triton"] = triton_token_advantages
+    print(f"{name}, torch {torch.__version__}, triton {triton and triton.__version__}, {N=} {S=} {T=} {group=}")
+    print("GB/s: step ids read and advantages written, 12 bytes a token")
+    print(f"{'':12}" + "".join(f"{label + ' ms':>14}{'GB/s':>8}" for label in versions))
+    for norm in NORMS:
+        grades, n_steps, ids = random_case(N, 1 if norm in ("std", "mean") else S, T, 0, device)
+        line = f"{norm:12}"
+        for version in versions.values():
+            times = []
+            for _ in range(11):  # the first warms up
+                start = time.perf_counter()
+                version(grades, n_steps, ids, group, norm)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            took = sorted(times[1:])[5]
+            line += f"{1e3 * took:14.3f}{12e-9 * N * T / took:8.1f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(device)
+    benchmark(device)

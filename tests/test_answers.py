@@ -1,0 +1,297 @@
+"""Answers: extraction, exact match against hostile text, pass@k, bootstrap. About 30 s, much of it waiting
+for limits to strike. Run: pytest tests/test_answers.py
+"""
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from data import answers, bootstrap_interval, extract_answer, is_correct, pass_at_k
+
+
+def boxed(answer):
+    return f"So the answer is \\boxed{{{answer}}}."
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"\boxed{1} and then \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\boxed{\left\{1\right.}", r"\left\{1\right."),  # an escaped brace has no partner to be balanced with
+    (r"\boxed{1} then \boxed{2", "1"),  # cut off: the last complete box
+    (r"{ \boxed{7", "7"),  # cut off, no complete box: the last number
+    (r"\boxed{a \boxed{5}}", "5"),
+    (r"\boxed{5} } } {", "5"),
+    (r"\fbox{7} is 8", "7"),
+    (r"$\boxed 5$", "5"),
+    (r"\boxed {5}", "5"),
+    (r"\\boxed{5}", "5"),
+    (r"8 \boxed{}", ""),  # an empty box is an answer, and wrong
+    (r"put it in \boxed, please: 4 apples", "4"),
+    ("16-3=13", "13"),
+    ("16-3", "3"),
+    ("x = -3", "-3"),
+    ("costs $1,234.50.", "1,234.50"),
+    ("it is -$18", "-$18"),
+    ("about 3/4 of it", "3/4"),
+    ("a 5% rise", "5%"),
+    ("is .5", ".5"),
+    ("1,1111", "1111"),
+    ("1.5e-3", "1.5e-3"),
+    ("12" * 600 + " end", "12" * 600),
+    ("9" + " " * 5000, "9"),
+    ("1,000" + "." * 96, "1,000"),  # stands across the edge of the tail that is searched first
+    ("none", None),
+    ("", None),
+])
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("gold, guess", [
+    ("18", "18.00"), ("18", "$18"), ("18", r"\$18"), ("18", "18."), ("$18$", "18"), ("18", r"\(18\)"),
+    ("1000", "1,000"), ("1,000", "1000"), ("1000", "1{,}000"), ("1000", r"1\,000"), ("1000", r"1,\!000"),
+    ("1000000", "1 000 000"), ("051283", "51283"), ("073", r"\textbf{(073)}"), ("0", "-0.0"), ("5", "+5"),
+    ("-5", "\u22125"), (".5", "0.50"), ("3e8", r"3 \times 10^{8}"), ("3e8", "300000000"), ("1e-3", ".001"),
+    ("4.5e33", r"4.5\cdot10^{33}"), (r"\boxed{7}", "7"),
+    (r"\frac12", "1/2"), (r"\frac{3}{4}", "0.75"), (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+    ("2\\sqrt3", r"\sqrt{12}"), ("50%", "50"), ("50", r"50\%"), ("0.5", "50%"), ("x=5", "5"),
+    ("(1,2)", "(1, 2)"), ("[0,1)", "[0, 1)"),
+    (r"\{1,2\}", "2, 1"), (r"x^2+1", "1+x^2"), ("5", r"5\text{ cm}"), ("90", r"90^\circ"),
+    ("C", r"\text{(C)}"), ("even", r"\text{Even}"), ("Two Dogs", r"\textbf{two  dogs}"),
+])
+def test_same_answer(gold, guess):
+    assert is_correct(boxed(guess), gold)
+
+
+@pytest.mark.parametrize("gold, guess", [
+    ("18", "19"), ("18", ""), ("1", "1,0"), ("12345", "12"), ("12345678901234567890", "12345678901234567891"),
+    ("1e-30", "2e-30"), ("3e8", "38"), ("1/3", "0.33"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1)"), ("5", "5, 6"),
+    ("5", "x"), ("even", "odd"), ("listen", "silent"), ("", "18"), ("18", "18 or 19"), (".", "."),
+])
+def test_other_answer(gold, guess):
+    assert not is_correct(boxed(guess), gold)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.decimals(-10**6, 10**6, places=4), st.decimals(-10**6, 10**6, places=4))
+def test_decimals_agree_with_math_verify(a, b):
+    assert answers._math_equal(f"{a:f}", f"{a:,.6f}")
+    assert is_correct(boxed(f"{b:,f}"), f"{a:f}") == (a == b) == answers._math_equal(f"{a:f}", f"{b:f}")
+
+
+def slow_last_box(text):
+    """The definition: from the last box's start to the first, the first that is closed."""
+    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth = 1
+        for token in re.finditer(r"\\.|[{}]", text[start:], re.S):
+            depth += {"{": 1, "}": -1}.get(token[0], 0)
+            if depth == 0:
+                return text[start:start + token.start()].strip()
+    return None
+
+
+PIECES = ["\\boxed{", "\\fbox{", "\\boxed", "{", "}", "}", "\\", "\\\\", "\\{", "\\}", "\\frac", "x", "7"]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
+def test_last_box_is_as_defined(text):
+    assert answers.last_box(text) == slow_last_box(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("\\{}()[]0123456789.,-$%/^_! \nabx\0\ud800\u0663"), max_size=60))
+def test_any_text_gets_a_verdict(text):
+    assert extract_answer(text + boxed("42")) == "42"
+    assert is_correct(text, "42") in (False, True) and is_correct(boxed(text), "42") in (False, True)
+    assert is_correct(boxed("42"), text) in (False, True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(), st.text(max_size=200))
+def test_the_last_box_wins(number, before):
+    assert is_correct(before + boxed(number), str(number))
+    assert not is_correct(before + boxed(number), str(number + 1))
+
+
+HOSTILE = {  # each is slow, deep or large for sympy or for a regular expression
+    "power": "10^10^10", "zero": "1/0", "exponent": "1e9999999999", "nul": "\0", "surrogate": "\ud800",
+    "deep": r"\frac{1}{" * 10_000 + "1" + "}" * 10_000, "unclosed": r"\frac{" * 10_000,
+    "digits": "7" * 3_000_000, "commas": "111," * 1_000_000, "minuses": "-" * 3_000_000,
+    "backslashes": "\\" * 3_000_000, "boxes": r"\boxed{" * 300_000, "spaces": "\\boxed" + " " * 3_000_000,
+    "braces": "{" * 2_000_000 + "}" * 999_999,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text(name, capfd):
+    assert is_correct(boxed(HOSTILE[name]), "42") is False
+    assert is_correct(HOSTILE[name], "42") is False
+    assert is_correct(boxed("42"), HOSTILE[name]) is False
+    assert is_correct(HOSTILE[name] + boxed(r"\frac{84}{2}"), "42")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("endless", ["9^{9^{9^9}}", "(" * 990])  # inside one C call; in Python
+def test_limit_ends_the_worker(endless, capfd):
+    assert is_correct(boxed(r"\frac{84}{2}"), "42")
+    worker, start = answers._worker, time.monotonic()
+    assert is_correct(boxed(endless), "42") is False
+    assert worker.poll() is not None and time.monotonic() - start < answers.WALL_SECONDS + 20
+    assert is_correct(boxed(r"\frac{126}{3}"), "42")  # by a new one
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_verdict_is_asked_once(monkeypatch):
+    assert is_correct(boxed(r"\sqrt{49}"), "7")
+    monkeypatch.setattr(answers, "_start_worker", None)
+    monkeypatch.setattr(answers, "_worker", None)
+    assert is_correct(boxed(r"\sqrt{49}"), "7")
+
+
+def test_worker_that_died_between_questions_is_replaced():
+    assert is_correct(boxed(r"\frac{1}{3}"), r"\frac{2}{6}")
+    answers._worker.kill()
+    answers._worker.wait()
+    assert is_correct(boxed(r"\frac{1}{3}"), r"\frac{3}{9}")
+
+
+def test_interrupted_question_leaves_no_reply_behind(monkeypatch):
+    is_correct(boxed(r"\frac{1}{3}"), r"\frac{2}{6}")
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(answers._worker, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        is_correct(boxed(r"\frac{1}{7}"), r"\frac{2}{14}")
+    assert not is_correct(boxed(r"\frac{1}{7}"), r"\frac{3}{14}")  # the reply left behind would say yes
+
+
+def test_without_math_verify_it_stops(monkeypatch):
+    monkeypatch.setattr(answers, "_worker", None)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="math-verify"):
+        is_correct(boxed(r"\frac{1}{9}"), r"\frac{4}{36}")
+
+
+def _fractions(offset):
+    """Twelve questions for the worker, every second one wrong: was each verdict right?"""
+    return [is_correct(boxed(f"{i}/{i + 1}"), f"{3 * i}/{3 * (i + 1 + i % 2)}") == (i % 2 == 0)
+            for i in range(offset, offset + 12)]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes(method):
+    assert all(_fractions(100))  # our own worker runs
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert all(itertools.chain(*pool.map(_fractions, [200, 300])))
+    assert all(_fractions(400))
+
+
+def test_threads():
+    right = []
+    threads = [threading.Thread(target=lambda i=i: right.extend(_fractions(500 + 20 * i))) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(right) == 48 and all(right)
+
+
+@pytest.mark.parametrize("shell", ["exec <&- >&- 2>&-", "trap '' ALRM PROF"])
+def test_closed_streams_and_ignored_signals(shell, tmp_path):
+    """A worker inherits both; and none is left when the program ends."""
+    code = ("import data, data.answers\n"
+            "ok = data.is_correct('\\\\boxed{1/2}', '0.5')\n"
+            "ok = ok and not data.is_correct('\\\\boxed{9^{9^{9^9}}}', '2')\n"
+            "data.is_correct('\\\\boxed{1/3}', '2/6')\n"
+            "open('out', 'w').write(f'{ok} {data.answers._worker.pid}')")
+    subprocess.run(["sh", "-c", f'{shell}; exec "$@"', "sh", sys.executable, "-c", code], check=True,
+                   cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=100)
+    ok, pid = (tmp_path / "out").read_text().split()
+    assert ok == "True"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+def test_import_is_light():
+    code = ("import sys, data\n"
+            "heavy = 'torch transformers sympy math_verify pyarrow huggingface_hub numpy'\n"
+            "assert not set(heavy.split()) & set(sys.modules)\n"
+            "assert data.is_correct('\\\\boxed{051283}', '51283') and data.answers._worker is None")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pass_at_k_counts_subsets():
+    """Against its definition: the share of all k-subsets of n samples that hold a right one."""
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations([i < c for i in range(n)], k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_range(nck):
+    n, c, k = nck
+    value = pass_at_k(n, c, k)
+    assert 0 <= value <= 1 and (value == 0) == (c == 0) and pass_at_k(n, c, 1) == pytest.approx(c / n)
+    assert type(pass_at_k(np.int64(n), np.int64(c), np.int64(k))) is float
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 1, 5), (4, 1, 0), (0, 0, 1)])
+def test_pass_at_k_refuses(n, c, k):
+    with pytest.raises(ValueError):
+        pass_at_k(n, c, k)
+
+
+def test_pass_at_k_refuses_fractions():
+    with pytest.raises(TypeError):
+        pass_at_k(4, 0.5, 1)
+
+
+def test_bootstrap_interval():
+    values = np.random.default_rng(0).random(50)
+    assert bootstrap_interval(values) == bootstrap_interval(list(values))
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+    low, high = bootstrap_interval([0, 1] * 200)
+    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)  # the normal approximation at 400 problems
+    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+    narrow = bootstrap_interval([0, 1] * 200, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+    assert bootstrap_interval([0.25]) == (0.25, 0.25)
+    assert bootstrap_interval(np.ones(3_000_000), resamples=3) == (1, 1)  # one resample at a time
+
+
+@pytest.mark.parametrize("bad", [dict(values=[]), dict(values=[[1, 2]]), dict(values=[1, float("nan")]),
+                                 dict(values=[1], level=1), dict(values=[1], resamples=0)])
+def test_bootstrap_interval_refuses(bad):
+    with pytest.raises(ValueError):
+        bootstrap_interval(**bad)
+
+
+def test_bootstrap_interval_covers():
+    """On made-up data the 95% interval holds the true mean about 95% of the time."""
+    rng = random.Random(0)
+    inside = 0
+    for _ in range(200):
+        low, high = bootstrap_interval([rng.random() < 0.3 for _ in range(100)], resamples=400)
+        inside += low <= 0.3 <= high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_long_texts_are_searched_from_the_end():
+    assert is_correct("x" * 5_000_000 + boxed(42), "42")
+    assert not is_correct(boxed("1" * 2000 + "+1"), "1" * 2000 + "+2")
+    assert Decimal("42") == answers._decimal("42")

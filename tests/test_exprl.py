@@ -1,0 +1,416 @@
+"""Training: gradients, batches, exact resume, kills, signals, refusals. Real subprocess runs on tiny checkpoints."""
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import exprl
+from data import Problem, load_problems
+from exprl import Settings, batch_for, logprobs, microbatches, policy_loss
+from judge import Verdict
+from sample import Rollout
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy, a judge and data on disk, with the flags that use them."""
+    home = tmp_path_factory.mktemp("world")
+    tiny.save(home / "policy", seed=1)
+    tiny.save(home / "judge", seed=2, spread=0.5)
+    tiny.problems_file(home / "train.jsonl", 7)
+    tiny.problems_file(home / "eval.jsonl", 3)
+    flags = ["--model", home / "policy", "--judge", home / "judge", "--data", home / "train.jsonl", "--questions", 3,
+             "--group", 4, "--max-new-tokens", 12, "--lr", 1e-3, "--kl", 0.01, "--overlong", "judge", "--show-every", 2,
+             "--eval-every", 0, "--temperature", 1.0, "--microbatch-tokens", 4000, "--device", "cpu"]
+    return home, [str(f) for f in flags]
+
+
+def build(world, *more):
+    settings, _ = exprl.parse([*world[1], *map(str, more)])
+    return exprl.build_state(settings), settings
+
+
+# ---- pure pieces -------------------------------------------------------------------------------------------
+
+
+def test_batches_are_a_function_of_seed_and_step_and_straddle_epochs():
+    problems = [Problem(f"p/{i}", "q", "s", "a", "math") for i in range(7)]
+    s = Settings(questions=3, seed=5)
+    stream = [p.id for step in range(1, 15) for p in batch_for(problems, s, step)]
+    assert len(stream) == 42
+    for epoch in range(6):
+        assert sorted(stream[7 * epoch:7 * epoch + 7]) == sorted(p.id for p in problems)
+    assert [p.id for p in batch_for(problems, s, 9)] == stream[24:27]
+    assert stream != [p.id for step in range(1, 15) for p in batch_for(problems, dataclasses.replace(s, seed=6), step)]
+
+
+def test_microbatches_hold_every_row_once_within_the_budget():
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = [rng.randrange(1, 100) for _ in range(rng.randrange(1, 40))]
+        rows, budget = rng.sample(range(len(lengths)), rng.randrange(len(lengths) + 1)), rng.randrange(1, 500)
+        batches = microbatches(rows, lengths, budget)
+        assert sorted(sum(batches, [])) == sorted(rows)
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= budget
+
+
+def test_policy_loss_by_hand():
+    s = Settings(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl=0.5)
+    ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 5.0])
+    advantages = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
+    loss, kl, hit = policy_loss(ratio.log(), torch.zeros(6), advantages, None, s)
+    # -A r | clipped at 1.28 | -A r | -A r | at 0.8 | dual clip: 3 * 2, not 10
+    assert loss.tolist() == pytest.approx([-2.0, -2.56, -1.0, 3.0, 1.6, 6.0])
+    assert hit.tolist() == [False, True, False, False, True, False] and not kl.any()
+    logp, ref = torch.tensor([-1.0]), torch.tensor([-1.5])
+    loss, kl, _ = policy_loss(logp, logp, torch.zeros(1), ref, s)
+    assert kl.item() == pytest.approx(math.exp(-0.5) + 0.5 - 1) and loss.item() == pytest.approx(0.5 * kl.item())
+    loss, kl, _ = policy_loss(torch.tensor([-300.0]), torch.tensor([-1.0]), torch.ones(1), torch.tensor([-1.0]), s)
+    assert loss.isfinite().all() and kl.item() <= 10
+
+
+def test_loss_gradient_is_reinforce_at_ratio_one():
+    logp = torch.randn(50, dtype=torch.double).sub(3).requires_grad_()
+    advantages = torch.randn(50, dtype=torch.double)
+    policy_loss(logp, logp.detach(), advantages, None, Settings())[0].sum().backward()
+    assert torch.allclose(logp.grad, -advantages)
+
+
+def test_headings_are_exactly_three_hashes_at_a_line_start():
+    assert exprl.count_headings("### a\ntext ### no\n#### no\n###b\n ### no\n### c") == 3
+
+
+def test_settings_help_covers_every_flag():
+    done = tiny.run("exprl.py", "--help")
+    for f in dataclasses.fields(Settings):
+        assert "--" + f.name.replace("_", "-") in done.stdout
+
+
+# ---- one step ----------------------------------------------------------------------------------------------
+
+
+def made_up_batch(state, settings, grades):
+    rng = random.Random(1)
+    prompts = [tuple(rng.randrange(256) for _ in range(rng.randrange(3, 20))) for _ in range(len(grades) // settings.group)]
+    rollouts = [Rollout(prompts[i // settings.group], tuple(rng.randrange(256) for _ in range(rng.randrange(1, 30))), (), True)
+                for i in range(len(grades))]
+    with torch.no_grad():
+        rollouts = [dataclasses.replace(r, logprobs=tuple(logprobs(
+            state.policy.model, torch.tensor([r.prompt_ids + r.token_ids]),
+            torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0)[0].tolist())) for r in rollouts]
+    return exprl.collate(rollouts, [Verdict((g,)) for g in grades], settings, "cpu")
+
+
+def gradient(state, settings, batch):
+    grads = []
+    state.policy.model.zero_grad()
+
+    def capture(*_):
+        grads.append([p.grad.double().clone() if p.grad is not None else torch.zeros_like(p).double()
+                      for p in state.policy.model.parameters()])
+        return 1.0
+
+    original, exprl.optimizer_step = exprl.optimizer_step, capture
+    try:
+        metrics = exprl.update(state, settings, batch)
+    finally:
+        exprl.optimizer_step = original
+    return grads[0], metrics
+
+
+GRADES = [0.0, 1.0, 0.25, 0.5, math.nan, 0.2, 0.9, 0.3, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_gradient_does_not_depend_on_microbatches_and_matches_the_plain_loss(world):
+    state, settings = build(world)
+    batch = made_up_batch(state, settings, GRADES)
+    whole, metrics = gradient(state, dataclasses.replace(settings, microbatch_tokens=10**6), batch)
+    for budget in (1, 60, 150):
+        split, same = gradient(state, dataclasses.replace(settings, microbatch_tokens=budget), batch)
+        for a, b in zip(whole, split):
+            assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
+        assert same == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    # the same by transformers' own logits, one row at a time, in plain lines
+    state.policy.model.zero_grad()
+    total, count = 0.0, 0
+    for i in range(len(GRADES)):
+        if math.isnan(GRADES[i]):
+            continue
+        ids, mask = batch.ids[i:i + 1, :batch.lengths[i]], batch.mask[i, :batch.lengths[i]]
+        logp = state.policy.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0][mask[1:]]
+        with torch.no_grad():
+            ref = state.reference(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0][mask[1:]]
+        d = ref - logp
+        total = total + (-batch.advantages[i, :batch.lengths[i]][mask] * (logp - logp.detach()).exp()
+                         + settings.kl * (d.exp() - d - 1)).sum()
+        count += len(logp)
+    (total / count).backward()
+    for a, p in zip(whole, state.policy.model.parameters()):
+        assert torch.allclose(a, p.grad.double(), atol=1e-5, rtol=1e-3)
+
+
+def test_unread_rows_leave_loss_and_statistics(world):
+    state, settings = build(world)
+    batch = made_up_batch(state, settings, GRADES)
+    row = GRADES.index(next(g for g in GRADES if math.isnan(g)))
+    assert not batch.advantages[row].any()
+    others = [g for g in GRADES[4:8] if not math.isnan(g)]
+    expected = (0.9 - np.mean(others)) / (np.std(others, ddof=1) + 1e-6)
+    assert batch.advantages[6].max().item() == pytest.approx(expected, rel=1e-4)
+    assert not batch.advantages[8:].any()  # equal grades
+    nothing = made_up_batch(state, settings, [math.nan] * 12)
+    grads, _ = gradient(state, settings, nothing)
+    assert not any(g.any() for g in grads)
+
+
+def test_the_end_token_is_trained(world):
+    state, settings = build(world)
+    rollout = Rollout((1, 2, 3), (7, 8, 256), (-1.0, -1.0, -1.0), True)
+    batch = exprl.collate([rollout] * 4, [Verdict((g,)) for g in (0, 1, 0, 1)], settings, "cpu")
+    assert batch.mask[0].tolist() == [False] * 3 + [True] * 3 and batch.advantages[1, 5] > 0
+
+
+def test_ratio_gap_is_zero_on_policy_and_later_updates_use_old_logprobs(world):
+    state, settings = build(world, "--updates", 3, "--lr", 0.05)
+    metrics, records = exprl.train_step(state, settings, 1)
+    assert metrics["ratio_gap"] < 1e-4 and len(records) == 12 and metrics["clip_share"] > 0
+
+
+def test_the_reference_never_reaches_the_policy(world, monkeypatch):
+    state, settings = build(world, "--eval-data", world[0] / "eval.jsonl", "--steps", 2)
+    seen = []
+    original = state.sampler.__class__.sample
+
+    def watch(self, prompts, *args, **kwargs):
+        if self.model is not state.judge.model:
+            seen.extend(state.policy.tokenizer.decode(p) for p in prompts)
+        return original(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(state.sampler.__class__, "sample", watch)
+    run = world[0] / "watch"
+    run.mkdir()
+    exprl.run_training(state, settings, run)
+    assert len(seen) >= 2 * 3 + 2 * 3  # rollouts of two steps, two evaluations
+    for text in seen:
+        assert "REF" not in text and "twice" not in text
+        assert text.count("What is") == 1
+
+
+def test_a_grade_of_a_cut_trace(world):
+    for overlong, check in (("zero", lambda g: g == 0), ("drop", math.isnan), ("judge", lambda g: 0 < g < 1)):
+        state, settings = build(world, "--overlong", overlong)
+        cut = Rollout((1,), (2, 3), (-1.0, -1.0), False)
+        verdicts = exprl.grade(state, settings, state.train[:1], [cut], ["x"], [False])
+        assert check(verdicts[0].grades[0])
+
+
+def test_a_non_finite_gradient_is_skipped_counted_and_stops_the_run(world, tmp_path):
+    state, settings = build(world, "--steps", 9)
+    before = {k: v.clone() for k, v in state.policy.model.state_dict().items()}
+    original = exprl.policy_loss
+    exprl.policy_loss = lambda logp, *a: (logp * math.nan, logp * 0, logp > 0)
+    try:
+        with pytest.raises(exprl.Stop, match="not finite"):
+            exprl.run_training(state, settings, tmp_path)
+    finally:
+        exprl.policy_loss = original
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["skipped_updates"] for m in lines] == [1, 1, 1]
+    assert all(torch.equal(v, before[k]) for k, v in state.policy.model.state_dict().items())
+
+
+def test_unread_grades_stop_the_run_and_the_replies_are_kept(world, tmp_path):
+    state, settings = build(world, "--readout", "generate", "--steps", 2)
+    state.judge.reply_tokens = 5
+    with pytest.raises(exprl.Stop, match="could not be read"):
+        exprl.run_training(state, settings, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(records) == 12 and records[0]["grades"] == [None] and records[0]["judge"]
+
+
+def test_judge_and_reference_share_memory_when_they_are_the_start(world):
+    state, _ = build(world, "--judge", world[0] / "policy")
+    assert state.judge.model is state.reference is not state.policy.model
+    state, _ = build(world, "--method", "grpo", "--kl", 0)
+    assert state.judge is None and state.reference is None
+
+
+def test_low_precision_copy_keeps_its_storage(world):
+    state, settings = build(world, "--dtype", "bfloat16")
+    assert state.sampling.dtype == torch.bfloat16 and state.policy.model.dtype == torch.float32
+    places = [p.data_ptr() for p in state.sampling.parameters()]
+    metrics, _ = exprl.train_step(state, settings, 1)
+    assert places == [p.data_ptr() for p in state.sampling.parameters()] and metrics["ratio_gap"] < 0.1
+    for low, master in zip(state.sampling.parameters(), state.policy.model.parameters()):
+        assert torch.equal(low, master.to(torch.bfloat16))
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+
+def weights(run):
+    newest = exprl.complete_checkpoints(run)[-1]
+    return newest.name, load_file(newest / "model.safetensors"), load_file(newest / "optimizer.safetensors")
+
+
+def same_end(a, b):
+    (name_a, *tensors_a), (name_b, *tensors_b) = weights(a), weights(b)
+    assert name_a == name_b
+    for x, y in zip(tensors_a, tensors_b):
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    volatile = {"seconds", "sample_tok_s", "judge_tok_s", "train_tok_s", "peak_gb", "tokens_per_second"}
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        lines = [[{k: v for k, v in json.loads(line).items() if k not in volatile}
+                  for line in (run / name).read_text().splitlines()] for run in (a, b)]
+        assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """The undisturbed run of 6 steps (7 problems, 3 a step: across two edges of epochs), the reference of resuming."""
+    run = world[0] / "whole"
+    done = tiny.run("exprl.py", *world[1], "--steps", 6, "--save-every", 2, "--eval-data", world[0] / "eval.jsonl",
+                    "--eval-every", 3, "--eval-n", 2, "--eval-k", 1, 2, "--out", run)
+    return run, done
+
+
+def flags_of_whole(world):
+    return [*world[1], "--save-every", 2, "--eval-data", world[0] / "eval.jsonl", "--eval-every", 3, "--eval-n", 2,
+            "--eval-k", 1, 2]
+
+
+def test_a_run_writes_what_it_promises(world, whole):
+    run, done = whole
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in lines if "score" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in lines if "pass@1" in m] == [0, 3, 6]
+    promised = ("score accuracy length headings cut_off unread zero_groups unsolved entropy kl ratio_gap clip_share grad_norm "
+                "lr sample_tok_s judge_tok_s train_tok_s seconds peak_gb").split()
+    assert all(isinstance(m[name], float) for m in steps for name in promised)
+    records = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert len(records) == 6 * 12
+    assert {"step", "problem", "text", "grades", "advantage", "correct", "judge"} <= set(records[0])
+    assert [p.name for p in exprl.complete_checkpoints(run)] == ["step_4", "step_6"]  # --keep 2
+    assert "pass@1" in done.stdout and "before" in done.stdout and f"run: {run}" in done.stdout and "next:" in done.stdout
+    assert "grade" in done.stdout
+    from transformers import AutoModelForCausalLM
+    loaded = AutoModelForCausalLM.from_pretrained(run / "model")
+    trained = load_file(run / "checkpoints" / "step_6" / "model.safetensors")
+    assert all(torch.equal(v, trained[k]) for k, v in loaded.state_dict().items() if k in trained)
+    sampled = tiny.run("sample.py", "--model", run / "model", "--data", world[0] / "eval.jsonl", "--n", 1,
+                       "--max-new-tokens", 4)
+    assert "pass@1" in sampled.stdout
+
+
+def test_resume_is_exact(world, whole, tmp_path):
+    """3 + 3 steps equal 6, bit for bit: weights, optimizer, metrics, traces."""
+    run = tmp_path / "split"
+    tiny.run("exprl.py", *flags_of_whole(world), "--steps", 3, "--out", run)
+    done = tiny.run("exprl.py", "--resume", run, "--steps", 6)
+    assert "after step 3" in done.stdout
+    same_end(run, whole[0])
+
+
+def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
+    """kill -9 at three random moments: the run still ends where the undisturbed one ended."""
+    rng, run = random.Random(time.time_ns()), tmp_path / "killed"
+    command = [sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6", "--out", str(run)]
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while not (run / "metrics.jsonl").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 3))
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        kills += 1
+        command = [sys.executable, "exprl.py", "--resume", str(run)]
+    tiny.run("exprl.py", "--resume", run)
+    same_end(run, whole[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit_cleanly(world, whole, tmp_path, number):
+    run = tmp_path / "stopped"
+    process = subprocess.Popen([sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6", "--save-every",
+                                "0", "--out", str(run)], cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and '"score"' in (run / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=120)[1]
+    if process.returncode == 0 and "stopped by" in error:  # it may have been quicker than the signal
+        assert "--resume" in error and exprl.complete_checkpoints(run)
+        tiny.run("exprl.py", "--resume", run, "--save-every", 2)
+    assert weights(run)[0] == "step_6"
+    assert all(torch.equal(x, y) for x, y in zip(weights(run)[1].values(), weights(whole[0])[1].values()))
+
+
+def test_a_damaged_newest_checkpoint_falls_back(world, whole, tmp_path):
+    run = tmp_path / "damaged"
+    tiny.run("exprl.py", *flags_of_whole(world), "--steps", 4, "--out", run)
+    path = run / "checkpoints" / "step_4" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    (run / "checkpoints" / "step_9.tmp").mkdir()  # a torn save is no checkpoint
+    done = tiny.run("exprl.py", "--resume", run, "--steps", 6)
+    assert "cannot use" in done.stderr and "after step 2" in done.stdout
+    same_end(run, whole[0])
+
+
+def test_bad_starts_name_the_remedy_before_any_model_is_loaded(world, tmp_path):
+    home, flags = world
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "answer": "#### 1"}\n{"question": "", "answer": "#### 2"}\n')
+    cases = [
+        (["--data", bad], "bad.jsonl", "2"),
+        (["--data", tmp_path / "absent.jsonl"], "absent.jsonl", ""),
+        (["--model", "mystery"], "mystery", "Qwen"),
+        (["--group", 1], "--group", ""),
+        (["--temperature", 0], "--temperature", ""),
+        (["--out", home], "not empty", "--resume"),
+    ]
+    for more, *words in cases:
+        done = tiny.run("exprl.py", *flags, *more, check=False)
+        assert done.returncode and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert all(word in done.stderr for word in words), done.stderr[-2000:]
+    settings, _ = exprl.parse([*flags, "--data", str(bad), "--skip-bad-rows"])
+    assert len(load_problems(list(settings.data), skip_bad_rows=True)) == 1
+
+
+def test_resume_refuses_another_run(world, whole, tmp_path):
+    for more, word in ((["--seed", 9], "--seed"), (["--data", world[0] / "eval.jsonl"], "--data")):
+        done = tiny.run("exprl.py", "--resume", whole[0], *more, check=False)
+        assert done.returncode and word in done.stderr
+    done = tiny.run("exprl.py", "--resume", tmp_path, check=False)
+    assert done.returncode and "config.json" in done.stderr
+    finished = tiny.run("exprl.py", "--resume", whole[0])  # nothing left to do: the table again
+    assert "before" in finished.stdout
+
+
+def test_grpo_needs_no_judge(world, tmp_path):
+    done = tiny.run("exprl.py", *world[1], "--method", "grpo", "--judge", "/nowhere/at/all", "--steps", 1, "--out", tmp_path / "g")
+    line = json.loads((tmp_path / "g" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["score"] is None and line["judge_tok_s"] is None and "no judge" in done.stdout
+
+
+def test_out_of_memory_names_the_flag():
+    assert exprl.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert exprl.out_of_memory(torch.OutOfMemoryError("x")) and not exprl.out_of_memory(RuntimeError("shape"))
+    assert all("--" in remedy for remedy in exprl.REMEDIES.values())

@@ -1,0 +1,72 @@
+"""Tiny random checkpoints for tests: a byte-level tokenizer (any text, digits are single tokens) and 2-layer models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+
+import sample  # noqa: F401  first of all: see the note on the name `kernels` in sample.py
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    out = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|end|>", pad_token="<|end|>",
+                                  additional_special_tokens=special[1:])
+    out.chat_template = TEMPLATE
+    return out
+
+
+def model(family: str = "qwen2", seed: int = 0, spread: float = 0.2, context: int = 4096, **config):
+    torch.manual_seed(seed)
+    make_config, make_model = FAMILIES[family]
+    defaults = dict(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=8, intermediate_size=64, max_position_embeddings=context, initializer_range=spread,
+                    eos_token_id=256, pad_token_id=256, tie_word_embeddings=True)
+    net = make_model(make_config(**(defaults | config))).eval()
+    net.generation_config.eos_token_id = 256
+    return net
+
+
+def save(folder: Path, **arguments) -> Path:
+    model(**arguments).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def problems_file(path: Path, rows: int = 12) -> Path:
+    lines = [{"question": f"What is {i} + {i}?", "solution": f"REF{i}: twice {i} is \\boxed{{{2 * i}}}", "answer": str(2 * i),
+              "domain": "math"} for i in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(*command, check=True, env=None, **kwargs) -> subprocess.CompletedProcess:
+    """A program of the project as a real subprocess, from the repository's root, on one thread and without a network."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"} | (env or {})
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
