@@ -1,13 +1,14 @@
 """ExpRL (arXiv 2606.17024): mid-train a language model with a judge's dense rewards. One file, one loop.
 
     python exprl.py                                   # the embedded miniature, a few minutes on two CPU cores
-    python exprl.py --model Qwen2.5-1.5B              # GSM8K from the hub; the judge is the start model itself
+    python exprl.py --model Qwen2.5-1.5B              # GSM8K from the hub; the start model is the judge
     python exprl.py --model M --judge J --data problems.jsonl --eval-data held_out.jsonl
     python exprl.py --resume runs/NAME                # goes on exactly where the newest checkpoint stands
 
     problems -> prompt ids -> rollouts -> grades -> token advantages -> loss -> update
 
-The policy sees the question only. The judge sees question, reference and trace. `train_step` is the table of contents.
+The policy sees the question only, the judge question, reference and trace. `train_step` is the table of
+contents.
 
 Departures from the paper's released code, one a line:
 - the judge reads an expected grade over five digit tokens by default, not the digit of a generated reply
@@ -43,8 +44,8 @@ from tqdm import tqdm
 from data import Problem, is_correct
 from judge import READOUTS, Judge, Verdict
 from kernels import token_advantages, token_logprob
-from sample import LM, Rollout, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit, resolve_model
-from sample import too_long, write_atomically
+from sample import LM, Rollout, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit
+from sample import resolve_model, too_long, write_atomically
 
 MINIATURE = Path(__file__).parent / "data" / "miniature"
 
@@ -55,7 +56,7 @@ class Settings:
 
     model: str = ""  # policy: folder, hub id or bare well-known name; without it the embedded miniature runs
     judge: str = ""  # judge model; default: the policy's own start, frozen, as in the paper
-    data: tuple[str, ...] = ("openai/gsm8k",)  # training problems: .jsonl, .json, .parquet files or hub data sets
+    data: tuple[str, ...] = ("openai/gsm8k",)  # training data: .jsonl, .json, .parquet files or hub data sets
     eval_data: tuple[str, ...] = ()  # held-out problems; default: the hub data set's test split, else none
     method: str = "outcome"  # outcome: the judge's grade of the whole trace; grpo: exact match 0/1, no judge
     steps: int = 200  # training steps; one step samples, judges and updates once
@@ -64,7 +65,7 @@ class Settings:
     max_new_tokens: int = 1024  # a trace is cut off here
     max_prompt_tokens: int = 2048  # longer questions are reported and left out, never cut
     temperature: float = 0.8  # of sampling, and of every log-prob in the loss
-    overlong: str = "zero"  # a trace that was cut off: zero = grade 0, judge = graded like any other, drop = no loss
+    overlong: str = "zero"  # a trace cut off: zero = grade 0, judge = graded like any other, drop = no loss
     norm: str = "std"  # std: (s - mean) / std in the group (GRPO); mean: s - mean (Dr. GRPO)
     lr: float = 1e-6  # AdamW, constant
     weight_decay: float = 0.01  # AdamW
@@ -74,9 +75,9 @@ class Settings:
     clip_high: float = 0.28  # and above 1 + this (clip-higher)
     dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
     updates: int = 1  # optimizer updates per step, each on its share of the step's problems
-    microbatch_tokens: int = 16384  # tokens (with padding) per forward and backward: lower it if memory runs out
+    microbatch_tokens: int = 16384  # tokens (with padding) per forward and backward: lower if memory runs out
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
-    readout: str = ""  # how the judge's grade is read: expected, critique, generate; default: expected or its own
+    readout: str = ""  # how the judge is read: expected, critique, generate; default: expected or its own
     max_unread: float = 0.5  # stop when more than this share of a step's grades cannot be read
     max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
     eval_every: int = 50  # evaluate every so many steps, and before the first and after the last; 0 = never
@@ -96,27 +97,30 @@ class Settings:
 PRESETS = {
     # The embedded default: a policy and a judge of a few MB on arithmetic chains.
     "miniature": dict(
-        model=str(MINIATURE / "policy"), judge=str(MINIATURE / "judge"), data=(str(MINIATURE / "train.jsonl"),),
-        eval_data=(str(MINIATURE / "eval.jsonl"),), steps=40, max_new_tokens=160, temperature=1.0, lr=3e-4, kl=0.0,
-        microbatch_tokens=8192, eval_every=0, eval_n=16, eval_k=(1, 16), save_every=20,
+        model=str(MINIATURE / "policy"), judge=str(MINIATURE / "judge"),
+        data=(str(MINIATURE / "train.jsonl"),), eval_data=(str(MINIATURE / "eval.jsonl"),),
+        steps=40, max_new_tokens=160, temperature=1.0, lr=3e-4, kl=0.0, microbatch_tokens=8192,
+        eval_every=0, eval_n=16, eval_k=(1, 16), save_every=20,
     ),
     # The paper's Stage I, ExpRL-Outcome (Qwen3-4B-Instruct-2507 as policy and judge, 8 GPUs).
     "paper": dict(
-        questions=36, group=10, steps=230, max_new_tokens=16384, max_prompt_tokens=4096, temperature=0.8, lr=1e-6,
-        kl=1e-3, clip_low=0.2, clip_high=0.28, updates=2, save_every=30, eval_every=10, checkpoint_activations=True,
+        questions=36, group=10, steps=230, max_new_tokens=16384, max_prompt_tokens=4096, temperature=0.8,
+        lr=1e-6, kl=1e-3, clip_low=0.2, clip_high=0.28, updates=2, save_every=30, eval_every=10,
+        checkpoint_activations=True,
     ),
 }
 
 
 class Stop(Exception):
-    """Ends a run in order: the last completed step is saved, `records` of an unfinished one too, and the message shown."""
+    """Ends a run in order: the last completed step is saved, `records` of an unfinished one too, and the
+    message shown."""
 
     def __init__(self, message: str, records: list[dict] = ()):
         super().__init__(message)
         self.records = records
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One step
 
 
@@ -134,7 +138,7 @@ def batch_for(problems: list[Problem], settings: Settings, step: int) -> list[Pr
 
 
 def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, list[dict]]:
-    """Sample, grade, turn grades into token advantages, update. Returns the step's metrics and trace records."""
+    """Sample, grade, turn grades into token advantages, update. Returns metrics and trace records."""
     clock = Clock(state, "sampling")
     questions = batch_for(state.train, settings, step)
     prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
@@ -151,8 +155,8 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     unread = mean(batch.grades.isnan())
     if unread > settings.max_unread:
         raise Stop(f"step {step}: {unread:.0%} of the grades could not be read, more than --max-unread "
-                   f"{settings.max_unread:.0%}. The judge's replies stand at the end of rollouts.jsonl; calibrate it with "
-                   "`python judge.py`, or take another --judge or --readout", records)
+                   f"{settings.max_unread:.0%}. The judge's replies stand at the end of rollouts.jsonl; "
+                   "calibrate it with `python judge.py`, or take another --judge or --readout", records)
     clock.lap("training")
     update_metrics = update(state, settings, batch)
     clock.lap("logging")
@@ -187,13 +191,14 @@ def trace_records(step, problems, texts, correct, rollouts, verdicts, batch) -> 
     advantages = [a[m] for a, m in zip(batch.advantages.cpu(), batch.mask.cpu())]
     return [
         {"step": step, "problem": p.id, "text": text, "grades": none_for_nan(v.grades), "correct": right,
-         "advantage": [float(a.min()), float(a.max())], "finished": r.finished, "tokens": len(r.token_ids), "judge": v.raw}
+         "advantage": [float(a.min()), float(a.max())], "finished": r.finished, "tokens": len(r.token_ids),
+         "judge": v.raw}
         for p, text, right, r, v, a in zip(problems, texts, correct, rollouts, verdicts, advantages)
     ]
 
 
 def grade(state, settings, problems, rollouts, texts, correct) -> list[Verdict]:
-    """One Verdict per trace. Outcome: the judge's grade; grpo: exact match. A trace cut off goes by --overlong."""
+    """One Verdict per trace: the judge's grade (outcome) or exact match (grpo). If cut off, by --overlong."""
     verdicts: list[Verdict | None] = [None] * len(texts)
     if settings.overlong != "judge":
         cut = Verdict((0.0 if settings.overlong == "zero" else math.nan,), "cut off at the length limit")
@@ -234,23 +239,23 @@ def collate(rollouts: list[Rollout], verdicts: list[Verdict], settings: Settings
     grades = torch.tensor([v.grades for v in verdicts], dtype=torch.float32)  # (N,1)
     advantages = token_advantages(grades.to(device), torch.ones(rows, dtype=torch.long, device=device),
                                   step_ids.to(device), settings.group, settings.norm)
-    return Batch(ids.to(device), (step_ids >= 0).to(device), sampled_logp.to(device), advantages, grades[:, 0].to(device),
-                 lengths)
+    return Batch(ids.to(device), (step_ids >= 0).to(device), sampled_logp.to(device), advantages,
+                 grades[:, 0].to(device), lengths)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loss and update
 
 
 def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
-    """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order. The one place that shifts by one.
+    """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order.
 
-    Rows are padded on the right and attention is causal, so no sampled token can see padding."""
+    The one place that shifts by one. Rows are padded on the right and attention is causal, so no sampled
+    token can see padding."""
     with amp or nullcontext():
         hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         hidden = hidden[:, :-1][mask[:, 1:]]  # (M,d): the state before each sampled token predicts it
-        weight = lm.get_output_embeddings().weight.to(hidden.dtype)
-    return token_logprob(hidden, weight, ids[:, 1:][mask[:, 1:]], temperature)
+        return token_logprob(hidden, lm.get_output_embeddings().weight, ids[:, 1:][mask[:, 1:]], temperature)
 
 
 def policy_loss(logp, old_logp, advantages, ref_logp, settings: Settings):
@@ -288,14 +293,15 @@ def update(state: "State", settings: Settings, batch: Batch) -> dict:
     shares = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if part.numel()]
     totals = dict(tokens=0.0, entropy=0.0, kl=0.0, ratio_gap=0.0, clip_share=0.0)
     norms = []
-    # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is 1 and
-    # needs no pass; the later ones need theirs before the weights move.
+    # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
+    # 1 and needs no pass; the later ones need theirs before the weights move.
     old = [None] + [old_logprobs(state, settings, batch, share) for share in shares[1:]]
     for share, old_logp in zip(shares, old):
         share = [row for row in share if readable[row]]
-        # Divide by all sampled tokens of the update, never by a micro-batch's: the split must not change the gradient.
+        # Divide by the update's sampled tokens, not a micro-batch's: the split must not change the gradient.
         denominator = max(int(batch.mask[share].sum()), 1) if share else 1
-        moving = [row for row in share if settings.kl > 0 or batch.advantages[row].any()]  # the rest has no gradient
+        # without a KL, a row without advantage has no gradient
+        moving = [row for row in share if settings.kl > 0 or batch.advantages[row].any()]
         for rows in microbatches(moving, batch.lengths, settings.microbatch_tokens):
             width = max(batch.lengths[row] for row in rows)
             ids, mask = batch.ids[rows, :width], batch.mask[rows, :width]
@@ -305,9 +311,11 @@ def update(state: "State", settings: Settings, batch: Batch) -> dict:
                 with torch.no_grad():
                     ref_logp, _ = logprobs(state.reference, ids, mask, settings.temperature)
             before = logp.detach() if old_logp is None else old_logp[rows, :width][mask]
-            loss, kl, clip_hit = policy_loss(logp, before, batch.advantages[rows, :width][mask], ref_logp, settings)
+            loss, kl, clip_hit = policy_loss(logp, before, batch.advantages[rows, :width][mask], ref_logp,
+                                             settings)
             (loss.sum() / denominator).backward()
-            gap = ((logp.detach() if old_logp is None else before) - batch.sampled_logp[rows, :width][mask]).exp() - 1
+            gap = ((logp.detach() if old_logp is None else before)
+                   - batch.sampled_logp[rows, :width][mask]).exp() - 1
             totals["tokens"] += len(loss)
             totals["entropy"] += float(entropy.detach().sum())
             totals["kl"] += float(kl.detach().sum())
@@ -345,17 +353,17 @@ def optimizer_step(state, settings) -> float:
     return norm
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # State: what a run holds, saves and restores
 
 
 @dataclass
 class State:
     policy: LM  # float32 master weights
-    sampling: torch.nn.Module  # the weights that sample: a persistent low-precision copy, or the masters themselves
+    sampling: torch.nn.Module  # what samples: a persistent low-precision copy, or the masters themselves
     sampler: Sampler
     judge: Judge | None
-    reference: torch.nn.Module | None  # the frozen start, for the KL; shared with the judge where they are the same
+    reference: torch.nn.Module | None  # the frozen start, for the KL; shared with the judge if it is the same
     optimizer: torch.optim.Optimizer
     train: list[Problem]
     held_out: list[Problem]
@@ -383,7 +391,7 @@ class State:
 def build_state(settings: Settings, weights: str | None = None) -> State:
     """Check the data, then load the models: bad input must not cost a model's loading time.
 
-    weights: a checkpoint's folder, where the policy comes from on resume; judge and reference stay the start's."""
+    weights: the checkpoint folder a resumed policy comes from; judge and reference stay the start's."""
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     bad_rows = dict(skip_bad_rows=settings.skip_bad_rows)
@@ -399,7 +407,8 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
     policy.model.requires_grad_(True)
     if settings.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.model.train()  # transformers checkpoints only in training mode; these families have no dropout by default
+        # transformers checkpoints only in training mode; these families have no dropout by default
+        policy.model.train()
     sampling = policy.model
     if dtype != torch.float32:
         sampling = copy.deepcopy(policy.model).to(dtype).requires_grad_(False).eval()
@@ -413,24 +422,25 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
         lm.model.requires_grad_(False)
         judge = Judge(lm.model, lm.tokenizer, lm.prompts, settings.readout or None,
                       max_rows=settings.max_rows)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay,
-                                  betas=(0.9, 0.999), fused=True)
-    return State(policy, sampling, Sampler(sampling, settings.max_rows), judge, reference and reference.model, optimizer,
-                 train, held_out, device, dtype)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr,
+                                  weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True)
+    return State(policy, sampling, Sampler(sampling, settings.max_rows), judge,
+                 reference and reference.model, optimizer, train, held_out, device, dtype)
 
 
 def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
     long = {p.id for p in too_long(policy, problems, settings.max_prompt_tokens)}
     if long:
-        print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds --max-prompt-tokens "
-              f"{settings.max_prompt_tokens}: {', '.join(sorted(long)[:3])} ...", file=sys.stderr)
+        print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds "
+              f"--max-prompt-tokens {settings.max_prompt_tokens}: {', '.join(sorted(long)[:3])} ...",
+              file=sys.stderr)
     return [p for p in problems if p.id not in long]
 
 
 def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     """checkpoints/step_N: a Hugging Face folder with float32 weights plus the trainer's state.
 
-    Written beside its final name, flushed to disk, then renamed: a kill at any moment leaves the older ones usable."""
+    Written beside its final name, flushed, then renamed: a kill at any time leaves the older ones usable."""
     target = run / "checkpoints" / f"step_{state.step}"
     if target.exists():
         return
@@ -439,10 +449,12 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     tmp.mkdir(parents=True)
     state.policy.save(tmp)
     names = [name for name, _ in state.policy.model.named_parameters()]
-    tensors = {f"{names[i]}:{key}": value.contiguous() for i, moments in state.optimizer.state_dict()["state"].items()
+    tensors = {f"{names[i]}:{key}": value.contiguous()
+               for i, moments in state.optimizer.state_dict()["state"].items()
                for key, value in moments.items()}
     save_file(tensors, tmp / "optimizer.safetensors")
-    (tmp / "trainer.json").write_text(json.dumps({"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
+    (tmp / "trainer.json").write_text(json.dumps(
+        {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
     publish(tmp, target)
     for old in complete_checkpoints(run)[: -settings.keep]:
         shutil.rmtree(old)
@@ -476,7 +488,8 @@ def restore(state: State, checkpoint: Path, settings: Settings) -> None:
     for key, value in tensors.items():
         name, moment = key.rsplit(":", 1)
         moments.setdefault(names.index(name), {})[moment] = value
-    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    state.optimizer.load_state_dict(
+        {"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     state.step, state.seen, state.bad_updates = trainer["step"], trainer["seen"], trainer["bad_updates"]
 
@@ -503,7 +516,7 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n"):  # not splitlines: U+2028 may stand inside a trace
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -512,13 +525,13 @@ def keep_until(path: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
 class Interrupts:
-    """SIGTERM and Ctrl-C end the run in order: at once while the weights stand still (the step is dropped), and
-    once the step is logged while they move."""
+    """SIGTERM and Ctrl-C end the run in order: at once while the weights stand still (the step is dropped),
+    and once the step is logged while they move."""
 
     def __init__(self):
         self.deferred, self.waiting = False, None
@@ -552,7 +565,8 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
     for path in (metrics_file, rollouts_file):
         keep_until(path, state.step)
     evaluated = {m["step"] for m in read_jsonl(metrics_file) if "pass@1" in m}
-    with Interrupts() as state.interrupts, tqdm(total=settings.steps, initial=state.step, unit="step", disable=None) as bar:
+    with Interrupts() as state.interrupts, tqdm(total=settings.steps, initial=state.step, unit="step",
+                                                disable=None) as bar:
         try:
             while True:
                 last = state.step == settings.steps
@@ -571,8 +585,8 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 state.interrupts.allow()
                 report(bar, metrics, records, settings)
                 if state.bad_updates >= 3:
-                    raise Stop("the gradient was not finite in three updates in a row, which were skipped: lower --lr, or "
-                               "check the model in --dtype float32")
+                    raise Stop("the gradient was not finite in three updates in a row, which were skipped: "
+                               "lower --lr, or check the model in --dtype float32")
             save_model(state, run)
         except BaseException as error:
             if isinstance(error, Stop) and error.records:
@@ -588,9 +602,11 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     # Always the same noise: before and after differ by the weights alone.
     lm = dataclasses.replace(state.policy, model=state.sampling)
     total = len(state.held_out) * settings.eval_n
-    with tqdm(total=total, unit="trace", leave=False, disable=None, desc=f"evaluating, step {state.step}") as inner:
-        metrics, records = evaluate(lm, state.held_out, settings.eval_n, settings.eval_k, settings.max_new_tokens,
-                                    settings.temperature, settings.seed << 32, settings.max_rows, inner.update)
+    with tqdm(total=total, unit="trace", leave=False, disable=None,
+              desc=f"evaluating, step {state.step}") as inner:
+        metrics, records = evaluate(lm, state.held_out, settings.eval_n, settings.eval_k,
+                                    settings.max_new_tokens, settings.temperature, settings.seed << 32,
+                                    settings.max_rows, inner.update)
     (run / "evaluations").mkdir(exist_ok=True)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", lines)
@@ -600,7 +616,7 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
 
 
 def report(bar, metrics: dict, records: list[dict], settings: Settings) -> None:
-    """The terminal: a live line, or a plain line per step where there is no terminal, and a trace now and then."""
+    """The terminal: a live line, or without a terminal a plain line per step; and a trace now and then."""
     names = ("score", "accuracy", "length", "unread", "sample_tok_s")
     shown = {n: f"{metrics[n]:.3g}" for n in names if metrics[n] is not None}
     bar.set_postfix(shown)
@@ -619,9 +635,11 @@ def closing_table(run: Path, settings: Settings) -> str:
     evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "pass@1" in m]
     if not evaluations:
         return ""
-    rows = [f"{'held-out problems':20s}" + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in settings.eval_k)]
+    rows = [f"{'held-out problems':20s}"
+            + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in settings.eval_k)]
     for name, m in (("before", evaluations[0]), ("after", evaluations[-1])):
-        cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} " for k in settings.eval_k)
+        cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} "
+                 for k in settings.eval_k)
         rows.append(f"{name + ', step ' + str(m['step']):20s}" + " ".join(cells))
     return "\n".join(rows)
 
@@ -664,7 +682,7 @@ def peak_gb(device: str) -> float:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
 
 
 def append(path: Path, records: list[dict]) -> None:
@@ -672,24 +690,28 @@ def append(path: Path, records: list[dict]) -> None:
         file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse(argv=None) -> tuple[Settings, Path | None]:
-    """Flags -> (settings, run folder to resume). Defaults < preset or the resumed run's config < flags given."""
+    """Flags -> (settings, run folder to resume). Defaults < preset or resumed run's config < flags given."""
     source = Path(__file__).read_text()
-    helps = dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", source[source.index("class Settings"):], flags=re.MULTILINE))
+    helps = dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", source[source.index("class Settings"):],
+                            flags=re.MULTILINE))
     parser = argparse.ArgumentParser(
-        description="ExpRL: mid-train a language model with a judge's dense rewards. Without flags: the embedded miniature.",
+        description="ExpRL: mid-train a language model with a judge's dense rewards. "
+                    "Without flags: the embedded miniature.",
         argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, help="a set of defaults: " + ", ".join(PRESETS))
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest checkpoint of this run's folder")
+    parser.add_argument("--resume", type=Path, metavar="RUN",
+                        help="go on from the newest checkpoint of this run's folder")
     choices = dict(method=("outcome", "grpo"), overlong=("zero", "judge", "drop"), norm=("std", "mean"),
                    readout=READOUTS, dtype=("auto", "float32", "bfloat16"))
     for f in dataclasses.fields(Settings):
         flag = "--" + f.name.replace("_", "-")
-        text = f"{helps[f.name]} (default: {f.default if f.default not in ('', ()) else 'see text'})".replace("%", "%%")
+        text = (f"{helps[f.name]} (default: {f.default if f.default not in ('', ()) else 'see text'})"
+                .replace("%", "%%"))
         if f.type == "bool" or isinstance(f.default, bool):
             parser.add_argument(flag, action="store_true", help=text)
         elif isinstance(f.default, tuple):
@@ -704,7 +726,8 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
             parser.error(f"--resume {resume}: no config.json there; name a run's folder")
         saved = json.loads((resume / "config.json").read_text())["settings"]
         base = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        moved = sorted(k for k in given if k in ("model", "data", "seed", "questions", "group", "out") and given[k] != base[k])
+        moved = sorted(k for k in given if k in ("model", "data", "seed", "questions", "group", "out")
+                       and given[k] != base[k])
         if moved:
             parser.error(f"--resume continues the same run: --{moved[0].replace('_', '-')} cannot change")
     else:
@@ -727,7 +750,8 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
 
 def complaint(s: Settings) -> str:
     """What is wrong with the settings, before any long work starts; "" if nothing is."""
-    for name in ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows", "eval_n", "keep"):
+    for name in ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows",
+                 "eval_n", "keep"):
         if getattr(s, name) < 1:
             return f"--{name.replace('_', '-')} must be at least 1"
     if s.temperature <= 0:
@@ -738,13 +762,15 @@ def complaint(s: Settings) -> str:
         return "--updates cannot exceed --questions: each update needs a problem of its own"
     if max(s.eval_k) > s.eval_n or min(s.eval_k) < 1:
         return f"--eval-k must lie between 1 and --eval-n {s.eval_n}"
-    if not s.lr > 0 or s.kl < 0 or not 0 <= s.clip_low < 1 or s.clip_high < 0 or s.dual_clip <= 1 or s.grad_clip <= 0:
-        return "need --lr > 0, --kl >= 0, 0 <= --clip-low < 1, --clip-high >= 0, --dual-clip > 1, --grad-clip > 0"
+    if (not s.lr > 0 or s.kl < 0 or not 0 <= s.clip_low < 1 or s.clip_high < 0 or s.dual_clip <= 1
+            or s.grad_clip <= 0):
+        return ("need --lr > 0, --kl >= 0, 0 <= --clip-low < 1, --clip-high >= 0, --dual-clip > 1, "
+                "--grad-clip > 0")
     return ""
 
 
 def start_run(settings: Settings) -> tuple[Path, State]:
-    """Build everything that can fail first, then the run's folder, so that a bad start leaves no folder behind."""
+    """Build everything that can fail first, then the run's folder: a bad start leaves no folder behind."""
     name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}"
     run = Path(settings.out or Path("runs") / name)
     if run.exists() and any(run.iterdir()):
@@ -762,7 +788,7 @@ def resume_run(run: Path, settings: Settings) -> State:
             state = build_state(settings, str(checkpoint))
             restore(state, checkpoint, settings)
             break
-        except (Exception, SystemExit) as error:  # a damaged newest checkpoint must not hide an older good one
+        except (Exception, SystemExit) as error:  # a damaged newest one must not hide an older good one
             errors.append(f"{checkpoint}: {error}")
             print(f"cannot use {errors[-1]}", file=sys.stderr)
     else:
@@ -770,7 +796,8 @@ def resume_run(run: Path, settings: Settings) -> State:
             raise SystemExit(f"no checkpoint of {run} can be used")
         state = build_state(settings)  # stopped before its first checkpoint
     if fingerprint(state.train) != config["train_fingerprint"]:
-        raise SystemExit(f"the training data is not the one {run} was started with: restore it, or start a new run")
+        raise SystemExit(f"the training data is not the one {run} was started with: "
+                         "restore it, or start a new run")
     print(f"resuming {run} after step {state.step}")
     return state
 
@@ -796,9 +823,11 @@ def main(argv=None) -> None:
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
     write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
     size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
-    judge = "no judge (exact match)" if state.judge is None else f"judge {settings.judge} ({state.judge.readout})"
-    print(f"ExpRL {settings.method}: {settings.model} ({size:.1f}M parameters), {judge}, {len(state.train)} problems, "
-          f"{settings.questions} x {settings.group} traces a step, {state.device} {str(state.dtype)[6:]}; run {run}")
+    judge = ("no judge (exact match)" if state.judge is None
+             else f"judge {settings.judge} ({state.judge.readout})")
+    print(f"ExpRL {settings.method}: {settings.model} ({size:.1f}M parameters), {judge}, "
+          f"{len(state.train)} problems, {settings.questions} x {settings.group} traces a step, "
+          f"{state.device} {str(state.dtype)[6:]}; run {run}")
     try:
         run_training(state, settings, run)
     except Stop as stop:
@@ -807,13 +836,15 @@ def main(argv=None) -> None:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise SystemExit(f"out of memory while {state.phase}: {REMEDIES.get(state.phase, 'take a smaller model')}; "
+        raise SystemExit(f"out of memory while {state.phase}: "
+                         f"{REMEDIES.get(state.phase, 'take a smaller model')}; "
                          f"then: python exprl.py --resume {run}\n({str(error).splitlines()[0]})") from error
     print(closing_table(run, settings))
     print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
     if settings.model == PRESETS["miniature"]["model"]:
         print("next: the same with sparse rewards, to compare:  python exprl.py --method grpo\n"
-              "      on a real model:                           python exprl.py --model Qwen2.5-0.5B-Instruct")
+              "      on a real model:                           "
+              "python exprl.py --model Qwen2.5-0.5B-Instruct")
     else:
         print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16")
 

@@ -5,12 +5,12 @@
 One loop serves rollouts, evaluation and the judge's critiques:
 
     prompts -> packed prefill (no padding; a shared prefix is computed once) -> rows -> decode step by step,
-    a finished row is replaced at once by the next waiting trace -> list[Rollout], in the order of the prompts.
+    a finished row is replaced at once by the next waiting trace -> list[Rollout], in the prompts' order.
 
 The models are the ones of transformers. Only their attention is replaced, through its AttentionInterface: our
-function writes keys and values where this file wants them, so rows of any length share a batch without padding.
-Temperature is the only sampling knob: with top-k or top-p the sampled distribution would not be the trained one.
-The noise of a token depends on (seed, row, position) alone, so a trace does not depend on who shares its batch.
+function writes keys and values where this file wants them, so rows of any length share a batch unpadded.
+Temperature is the only sampling knob: with top-k or top-p the sampled distribution is not the trained one.
+The noise of a token depends on (seed, row, position) alone: a trace does not depend on who shares its batch.
 
 Left out: paging, CUDA graphs, sliding-window attention. It knows nothing of judges, rewards or training.
 """
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours while it looks.
+# transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours meanwhile.
 _ours = sys.modules.pop("kernels", None)
 sys.modules["kernels"] = None
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
@@ -47,8 +47,8 @@ transformers_logging.disable_progress_bar()  # its bars for loading and saving w
 
 # One constant for training, Stage II and evaluation: a model must not meet a new prompt when it is measured.
 SYSTEM_PROMPT = (
-    "Solve the problem step by step. Open every step with a line that starts with ### and says what the step does, "
-    "then carry it out below. When you are done, state the final answer inside \\boxed{}."
+    "Solve the problem step by step. Open every step with a line that starts with ### and says what the step "
+    "does, then carry it out below. When you are done, state the final answer inside \\boxed{}."
 )
 FAMILIES = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama-": "meta-llama", "meta-llama-": "meta-llama"}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # full attention in every layer, plain linear head
@@ -65,13 +65,13 @@ class Rollout:
     finished: bool
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Models: find them, load them, prompt them
 
 
 @dataclass
 class LM:
-    """A language model with its tokenizer and, if its folder holds a prompts.json, prompts in its own language."""
+    """A language model with its tokenizer and, if its folder holds a prompts.json, prompts of its own."""
 
     name: str  # what load_lm resolved: a folder or a hub id
     model: torch.nn.Module
@@ -106,12 +106,13 @@ class LM:
 
 def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
     # enable_thinking is read by Qwen3's template and ignored by the others.
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False,
+                                        return_dict=False)
     return list(ids)
 
 
 def resolve_model(name: str) -> str:
-    """A folder, a hub id (owner/name), or the bare name of a well-known family -> what from_pretrained takes."""
+    """A folder, a hub id (owner/name), or a well-known family's bare name -> what from_pretrained takes."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -119,17 +120,18 @@ def resolve_model(name: str) -> str:
         return str(folder)
     if "/" in name:
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise SystemExit(f"no folder {name}: check the path, or give a hub id like Qwen/Qwen2.5-1.5B-Instruct")
+            raise SystemExit(f"no folder {name}: check the path, or give a hub id like "
+                             "Qwen/Qwen2.5-1.5B-Instruct")
         return name
     for prefix, owner in FAMILIES.items():
         if name.lower().startswith(prefix):
             return f"{owner}/{name}"
-    raise SystemExit(f"cannot resolve the model name {name!r}: give a folder, a hub id (owner/name), or a bare name "
-                     "of the Qwen, SmolLM or Llama families such as Qwen2.5-1.5B")
+    raise SystemExit(f"cannot resolve the model name {name!r}: give a folder, a hub id (owner/name), or a "
+                     "bare name of the Qwen, SmolLM or Llama families such as Qwen2.5-1.5B")
 
 
 def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LM:
-    """Load model and tokenizer from a folder, the local hub cache or the hub; safetensors only, no remote code."""
+    """Model and tokenizer from a folder, the local hub cache or the hub; safetensors only, no remote code."""
     path = resolve_model(name)
     if path != name:
         print(f"model {name} -> {path}", file=sys.stderr)
@@ -138,9 +140,10 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         check_architecture(path, config)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            attn_implementation="sdpa",
         )
-    except (OSError, ValueError) as error:  # transformers raises these for a missing, offline or gated repository
+    except (OSError, ValueError) as error:  # raised for a missing, offline or gated repository
         raise SystemExit(
             f"cannot load {path}: {str(error).strip().splitlines()[0]}\n"
             "  - no network? download the repository elsewhere and give its folder: --model /path/to/folder\n"
@@ -149,7 +152,8 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
             "  - only .bin weights? convert them to safetensors first; pickled weights are never loaded"
         ) from error
     if tokenizer.chat_template is None:
-        raise SystemExit(f"{path} has no chat template: ExpRL prompts a model as a chat; take its instruct version")
+        raise SystemExit(f"{path} has no chat template: ExpRL prompts a model as a chat; "
+                         "take its instruct version")
     prompts_file = Path(path) / "prompts.json"
     prompts = json.loads(prompts_file.read_text()) if prompts_file.exists() else {}
     return LM(path, model.to(device).eval(), tokenizer, prompts)
@@ -158,11 +162,11 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 def check_architecture(path: str, config) -> None:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if config.model_type not in ARCHITECTURES or layers != {"full_attention"}:
-        raise SystemExit(f"{path} is a {config.model_type} model with {', '.join(sorted(layers))} layers; sample.py "
-                         f"covers full attention in {', '.join(ARCHITECTURES)} (SmolLM is a llama)")
+        raise SystemExit(f"{path} is a {config.model_type} model with {', '.join(sorted(layers))} layers; "
+                         f"sample.py covers full attention in {', '.join(ARCHITECTURES)} (SmolLM is a llama)")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attention over our own cache
 
 
@@ -197,7 +201,7 @@ class Segment:
 
 
 class Prefill:
-    """Several segments in one packed sequence (1, sum of T): each attends to its prefix and, causally, to itself."""
+    """Segments in one packed sequence (1, sum of T): each attends to its prefix and, causally, to itself."""
 
     def __init__(self, segments):
         self.segments = segments
@@ -223,7 +227,7 @@ class Prefill:
             if segment.keep:
                 segment.keys.append(keys[0])
                 segment.values.append(values[0])
-            # Heads are repeated because torch's fast CPU attention knows no grouped heads; prefill is compute-bound.
+            # Heads are repeated: torch's fast CPU attention knows no grouped heads; prefill is compute-bound.
             out[:, :, part] = F.scaled_dot_product_attention(
                 query[:, :, part], keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1),
                 attn_mask=mask, is_causal=mask is None, scale=scaling,
@@ -280,7 +284,7 @@ class Rows:
         kv_heads = keys.shape[1]
         keys[self.index, :, self.lengths[: self.count]] = key[:, :, 0]
         values[self.index, :, self.lengths[: self.count]] = value[:, :, 0]
-        # One batched product over (row, kv head); the g query heads of a kv head are its g rows. Views, no copies.
+        # One batched product over (row, kv head); a kv head's g query heads are its g rows. Views, no copies.
         keys = keys[:count, :, : self.longest].flatten(0, 1)
         values = values[:count, :, : self.longest].flatten(0, 1)
         scores = torch.bmm(query.reshape(count * kv_heads, -1, dim) * scaling, keys.transpose(1, 2))
@@ -289,14 +293,15 @@ class Rows:
         return torch.bmm(weights.flatten(0, 1), values).view(count, heads, 1, dim)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The sampler
 
 
-def choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (R,V) f32, uniform (R,) in [0,1) -> token (R,), its log-prob (R,) at `temperature` (1 when greedy).
+def choose(logits: torch.Tensor, temperature: float,
+           uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (R,V) f32, uniform (R,) in [0,1) -> token (R,), its log-prob (R,) at `temperature` (greedy: 1).
 
-    The inverse of the cumulative distribution: one random number a row instead of one for every entry of V."""
+    The inverse of the cumulative distribution: one random number a row instead of one per entry of V."""
     scaled = logits / temperature if temperature > 0 else logits
     scaled = scaled - scaled.amax(-1, keepdim=True)
     weights = scaled.exp()
@@ -304,7 +309,7 @@ def choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> t
         token = logits.argmax(-1)
     else:
         cumulative = weights.cumsum(-1)
-        # uniform <= 1 - 2^-23 keeps the target strictly below the total, so an entry of weight 0 is never taken
+        # uniform <= 1 - 2^-23 keeps the target strictly below the total: an entry of weight 0 is never taken
         target = uniform.clamp(max=1 - 2**-23)[:, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True)[:, 0]
     logprob = scaled.gather(1, token[:, None])[:, 0] - weights.sum(-1).log()
@@ -312,11 +317,12 @@ def choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> t
 
 
 class Sampler:
-    """Samples from a transformers causal LM. `max_rows` and `cache_gb` bound the rows decoded at the same time."""
+    """Samples from a transformers causal LM. `max_rows` and `cache_gb` bound the rows decoded at once."""
 
     def __init__(self, model, max_rows: int = 256, cache_gb: float | None = None, prefill_tokens: int = 8192):
         check_architecture(getattr(model, "name_or_path", "") or "this model", model.config)
-        self.model, self.max_rows, self.cache_gb, self.prefill_tokens = model, max_rows, cache_gb, prefill_tokens
+        self.model, self.max_rows = model, max_rows
+        self.cache_gb, self.prefill_tokens = cache_gb, prefill_tokens
 
     @torch.inference_mode()
     def sample(
@@ -382,7 +388,7 @@ class Sampler:
                 chosen = which.tolist()
                 position = torch.tensor([len(live[row][1]) for row in chosen], device=noise.device)
                 token, logprob = choose(self.logits(hidden), temperature, noise[which, position])
-                token, logprob = torch.stack([token.double(), logprob.double()]).tolist()  # one copy to the host
+                token, logprob = torch.stack([token.double(), logprob.double()]).tolist()  # one host copy
                 ended = []
                 for row, t, lp in zip(chosen, token, logprob):
                     trace, tokens, logprobs = live[row]
@@ -420,13 +426,14 @@ class Sampler:
         return out
 
     def prefill_in_order(self, prompts, shared, wanted, keep=True):
-        """Yield lists of (prompt index, segment), at most `wanted()` prompts and about `prefill_tokens` at a time."""
+        """Yield lists of (prompt index, segment): up to `wanted()` prompts, about `prefill_tokens` tokens."""
         users = Counter(tuple(p[:s]) for p, s in zip(prompts, shared) if s)
         prefixes: dict[tuple, Segment] = {}
         i = 0
         while i < len(prompts):
             batch, missing, tokens = [], {}, 0
-            while i < len(prompts) and (not batch or (len(batch) < wanted() and tokens < self.prefill_tokens)):
+            while i < len(prompts) and (
+                    not batch or (len(batch) < wanted() and tokens < self.prefill_tokens)):
                 prefix = tuple(prompts[i][: shared[i]])
                 if prefix and prefix not in prefixes and prefix not in missing:
                     missing[prefix] = Segment(prefix)
@@ -437,7 +444,8 @@ class Sampler:
             if missing:
                 self.prefill(list(missing.values()))
                 prefixes.update(missing)
-            batch = [(j, Segment(prompts[j][shared[j]:], prefixes.get(prefix), keep), prefix) for j, prefix in batch]
+            batch = [(j, Segment(prompts[j][shared[j]:], prefixes.get(prefix), keep), prefix)
+                     for j, prefix in batch]
             self.prefill([segment for _, segment, _ in batch])
             for _, segment, prefix in batch:
                 segment.prefix = None
@@ -447,7 +455,7 @@ class Sampler:
             yield [(j, segment) for j, segment, _ in batch]
 
     def prefill(self, segments: list[Segment]) -> None:
-        """Fill each segment's keys, values and last hidden state by one packed forward pass without padding."""
+        """Fill each segment's keys, values and last hidden state by one packed, unpadded forward pass."""
         device = self.model.device
         ids = torch.tensor([[t for s in segments for t in s.ids]], device=device)
         positions = torch.cat([torch.arange(s.length - len(s.ids), s.length) for s in segments]).to(device)
@@ -457,7 +465,8 @@ class Sampler:
             segment.hidden = last
 
     def hidden(self, ids, positions, kv):
-        return self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, kv=kv).last_hidden_state
+        return self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False,
+                                     kv=kv).last_hidden_state
 
     def logits(self, hidden):
         return self.model.get_output_embeddings()(hidden).float()
@@ -475,8 +484,8 @@ class Sampler:
         else:
             budget = 4 * 2**30
         if row > budget:
-            raise ValueError(f"one trace of {capacity} tokens needs {row / 2**30:.2f} GB of cache, {budget / 2**30:.2f} GB "
-                             "are there: lower --max-new-tokens or raise --cache-gb")
+            raise ValueError(f"one trace of {capacity} tokens needs {row / 2**30:.2f} GB of cache, "
+                             f"{budget / 2**30:.2f} GB are there: lower --max-new-tokens or raise --cache-gb")
         return min(self.max_rows, int(budget // row))
 
     def check(self, prompts, n, max_new_tokens, temperature, shared) -> None:
@@ -485,10 +494,12 @@ class Sampler:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         for i, (prompt, s) in enumerate(zip(prompts, shared, strict=True)):
             if not 0 <= s < max(len(prompt), 1) or not prompt:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens, {s} of them shared: at least one must be its own")
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens, {s} of them shared: "
+                                 "at least one must be its own")
             if limit and len(prompt) + max_new_tokens > limit:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the "
-                                 f"model's context of {limit}: lower --max-new-tokens or drop the problem")
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it "
+                                 f"exceeds the model's context of {limit}: "
+                                 "lower --max-new-tokens or drop the problem")
 
 
 def trace_noise(seed: int, trace: int, tokens: int) -> torch.Tensor:
@@ -504,16 +515,16 @@ def end_tokens(model) -> list[int]:
     return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation, and the program
 
 
-def evaluate(lm: LM, problems: list[Problem], n: int, ks, max_new_tokens: int, temperature: float, seed: int = 0,
-             max_rows: int = 256, progress=None) -> tuple[dict, list[dict]]:
+def evaluate(lm: LM, problems: list[Problem], n: int, ks, max_new_tokens: int, temperature: float,
+             seed: int = 0, max_rows: int = 256, progress=None) -> tuple[dict, list[dict]]:
     """Sample n traces a problem -> metrics and one record per trace.
 
-    metrics: {"pass@k": mean, "pass@k_low", "pass@k_high": 95% bootstrap interval over problems} for each k, and
-    length (tokens), cut_off (share), tokens_per_second."""
+    metrics: {"pass@k": mean, "pass@k_low", "pass@k_high": 95% bootstrap interval over problems} for each k,
+    and length (tokens), cut_off (share), tokens_per_second."""
     start = time.perf_counter()
     rollouts = Sampler(lm.model, max_rows).sample(
         [lm.chat(p.question) for p in problems], n, max_new_tokens, temperature, seed, progress=progress
@@ -526,7 +537,8 @@ def evaluate(lm: LM, problems: list[Problem], n: int, ks, max_new_tokens: int, t
         correct = [is_correct(text, problem.answer) for text in texts]
         counts.append(sum(correct))
         records += [
-            {"problem": problem.id, "text": text, "correct": right, "finished": r.finished, "tokens": len(r.token_ids)}
+            {"problem": problem.id, "text": text, "correct": right, "finished": r.finished,
+             "tokens": len(r.token_ids)}
             for r, text, right in zip(group, texts, correct)
         ]
     metrics = {}
@@ -535,7 +547,8 @@ def evaluate(lm: LM, problems: list[Problem], n: int, ks, max_new_tokens: int, t
         low, high = bootstrap_interval(values)
         metrics |= {f"pass@{k}": float(np.mean(values)), f"pass@{k}_low": low, f"pass@{k}_high": high}
     lengths = [len(r.token_ids) for r in rollouts]
-    metrics |= {"length": float(np.mean(lengths)), "cut_off": float(np.mean([not r.finished for r in rollouts])),
+    metrics |= {"length": float(np.mean(lengths)),
+                "cut_off": float(np.mean([not r.finished for r in rollouts])),
                 "tokens_per_second": sum(lengths) / seconds}
     return metrics, records
 
@@ -575,20 +588,27 @@ def write_atomically(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sample a data set and print pass@k with 95% intervals.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="data/miniature/policy", help="folder, hub id, or bare well-known name")
-    parser.add_argument("--data", nargs="+", default=["data/miniature/eval.jsonl"], help="files or hub data set ids")
+    parser.add_argument("--model", default="data/miniature/policy",
+                        help="folder, hub id, or bare well-known name")
+    parser.add_argument("--data", nargs="+", default=["data/miniature/eval.jsonl"],
+                        help="files or hub data set ids")
     parser.add_argument("--n", type=int, default=16, help="traces per problem")
-    parser.add_argument("--k", type=int, nargs="+", default=None, help="pass@k for these k (default: 1, 2, 4, ... n)")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="default: 1024; 160 for the miniature")
+    parser.add_argument("--k", type=int, nargs="+", default=None,
+                        help="pass@k for these k (default: 1, 2, 4, ... n)")
+    parser.add_argument("--max-new-tokens", type=int, default=None,
+                        help="default: 1024, or what fits the context")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many problems")
-    parser.add_argument("--seed", type=int, default=0, help="the noise is a function of seed, trace and position")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="the noise is a function of seed, trace and position")
     parser.add_argument("--out", type=Path, default=None, help="write every trace to this JSONL file")
-    parser.add_argument("--max-prompt-tokens", type=int, default=2048, help="longer questions are reported and left out")
+    parser.add_argument("--max-prompt-tokens", type=int, default=2048,
+                        help="longer questions are reported and left out")
     parser.add_argument("--max-rows", type=int, default=256, help="traces decoded at the same time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--skip-bad-rows", action="store_true", help="count and drop bad rows instead of stopping")
+    parser.add_argument("--skip-bad-rows", action="store_true",
+                        help="count and drop bad rows instead of stopping")
     args = parser.parse_args()
     ks = args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]
     if args.n < 1 or max(ks) > args.n or min(ks) < 1:
@@ -600,16 +620,17 @@ def main() -> None:
     lm = load_lm(args.model, device, pick_dtype(args.dtype, device))
     long = {p.id for p in too_long(lm, problems, args.max_prompt_tokens)}
     if long:
-        print(f"left out {len(long)} of {len(problems)} problems with more than {args.max_prompt_tokens} prompt tokens",
-              file=sys.stderr)
+        print(f"left out {len(long)} of {len(problems)} problems with more than {args.max_prompt_tokens} "
+              "prompt tokens", file=sys.stderr)
         problems = [p for p in problems if p.id not in long]
     if not problems:
         parser.error("no problem is left to sample")
     if args.max_new_tokens is None:
-        args.max_new_tokens = lm.prompts.get("max_new_tokens", 1024)
+        room = lm.model.config.max_position_embeddings - max(len(lm.chat(p.question)) for p in problems)
+        args.max_new_tokens = min(1024, room)
     with tqdm(total=len(problems) * args.n, unit="trace", disable=None) as bar:
-        metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature, args.seed,
-                                    args.max_rows, bar.update)
+        metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature,
+                                    args.seed, args.max_rows, bar.update)
     if args.out:
         write_atomically(args.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print(f"{lm.name} on {len(problems)} problems x {args.n} traces, temperature {args.temperature}")

@@ -10,7 +10,7 @@ no Python timeout reaches. So it runs in one worker process under limits that th
 the worker dies, the verdict is False, the next question starts a new worker.
 
 Left out: tolerance (0.33 is not 1/3), conversion of units, proofs, code.
-Try the worker: echo '["\\frac12", "0.5"]' | python data/answers.py    (reference and answer; it replies 1)
+Try the worker: echo '["\\frac12", "0.5"]' | python data/answers.py    (replies: ready, 1)
 """
 import atexit
 import json
@@ -34,7 +34,7 @@ MEMORY = 2 << 30  # bytes of address space for the worker (Linux only)
 
 # A brace or a box's start; groups: the box's brace, or its number if it has none ("\boxed 5"). A backslash
 # escaped once too often ("\\boxed") is forgiven.
-_BRACE = re.compile(r"\\\\?(?:boxed|fbox)(?:\s*(\{)|\s+(-?[0-9][0-9.,/]*))|\\.|[{}]", re.S)
+_BRACE = re.compile(r"\\\\?(?:boxed|fbox)(?:\s*(\{)|\s+(-?[0-9]+(?:[.,/][0-9]+)*))|\\.|[{}]", re.S)
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-\u2212]\\?\$?)?"  # a minus after a letter, digit or bracket is a subtraction
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
@@ -103,8 +103,8 @@ def is_correct(text: str, answer: str) -> bool:
 
 
 def _clean(answer: str) -> str:
-    r"""Without dollars (money or math mode), outer \( \) or \text{}, outer spaces, a sentence's full stop."""
-    answer = answer.replace("\\$", "").replace("$", "").replace("\u2212", "-").strip()
+    r"""Without dollars (money or math mode), outer \( \) or \text{}, extra spaces, a sentence's full stop."""
+    answer = " ".join(answer.replace("\\$", "").replace("$", "").replace("\u2212", "-").split())
     if answer.startswith("\\(") and answer.endswith("\\)"):
         answer = answer[2:-2]
     styled = _STYLED.fullmatch(answer)
@@ -152,7 +152,7 @@ _lock = threading.RLock()
 
 
 def _start_worker() -> subprocess.Popen:
-    # Its own session: Ctrl-C is the trainer's to handle. Hash seed: sympy must not vary from run to run.
+    # Detached from the terminal: Ctrl-C is the trainer's to handle. Hash seed: sympy must not vary by run.
     command = [sys.executable, os.path.abspath(__file__)]
     worker = subprocess.Popen(
         command, bufsize=0, start_new_session=True, env={**os.environ, "PYTHONHASHSEED": "0"},
@@ -185,7 +185,6 @@ def _serve() -> None:
     for stop in (signal.SIGALRM, signal.SIGPROF):  # the default action ends the process even inside a C call
         signal.signal(stop, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM, signal.SIGPROF))
-    signal.alarm(WALL_SECONDS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ValueError, OSError):

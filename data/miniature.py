@@ -5,10 +5,12 @@
 
 The task is arithmetic modulo 100 along three interleaved chains, in a language of 170 tokens:
 
-    question   b=71; k=26; z=40; h=b*3; m=k+5; c=h-7; ... ? c m q        names, then what is asked
-    trace      ### h\nb 71*3 h=13\n### m\nk 26+5 m=31\n ... \boxed{063187}     a step per operation
-    reference  1) h=13\n2) c=06\n ... \boxed{063187}                      about half of the values
+    question   b=71; k=26; z=40; h:b*3; m:k+5; c:h-7; ... ? c m q          values, definitions, what is asked
+    trace      ### h\nb=71*3 h=13\n### m\nk=26+5 m=31\n ... c=06 m=31 q=87\n\boxed{063187}
+    reference  1) h=13\n2) c=06\n ... \boxed{063187}                       about half of the values
 
+"h=" is one token and always followed by h's value, so that looking a value up is copying what followed last time: with
+"h" and "=" apart neither policy nor judge had learned it after 3 million tokens.
 The policy knows how to solve it (its argmax is right nearly always) but has bad habits, each taken with some
 probability at every step. They are choices that a policy gradient can reweight, and ten right choices in a row are rare.
 The judge compares a trace with the reference it is shown and answers with a digit. Its stem has a slot for every
@@ -34,6 +36,8 @@ FOLDER = Path(__file__).resolve().parent / "miniature"
 NAMES = "abcdefghijklmnopqrstuvwxyz"
 HARD, DEEP = (3, 3, 4), (4, 4, 5)  # operations per chain: train, dev and eval; the deep split
 MAX_CHECKS = 8  # checkpoints of a reference, and slots of the judge's stem
+POLICY_SHAPE, POLICY_TOKENS = (96, 4, 3, 256), 5e6  # (hidden size, layers, heads, inner size), tokens of training
+JUDGE_SHAPE, JUDGE_TOKENS = (96, 5, 3, 256), 6e6
 SPLITS = {"train": (1000, HARD), "dev": (200, HARD), "eval": (200, HARD), "deep": (200, DEEP)}
 
 # What the base does wrong, each with its probability per step: copy the source's value instead of computing, take
@@ -77,7 +81,7 @@ def make_problem(rng: random.Random, depths=HARD) -> Row:
             op = rng.choice("+-*")
             operand = rng.choice((3, 7)) if op == "*" else rng.randint(1, 9)
             values[name] = compute(values[source], op, operand)
-        question.append(f"{name}={source}{op}{operand}")
+        question.append(f"{name}:{source}{op}{operand}")
         last[chain] = name
         steps.append(name)
     count = min(MAX_CHECKS, max(1, round(len(steps) * rng.uniform(0.35, 0.65))))
@@ -91,16 +95,21 @@ def box(answer: str) -> str:
     return f"\\boxed{{{answer}}}"
 
 
+def closing(asked: list[str], answer: str) -> str:
+    """How a trace ends: what is asked with its values, then the box."""
+    values = re.findall("..", answer)
+    return " ".join(f"{name}={value}" for name, value in zip(asked, values)) + "\n" + box(answer)
+
+
 def parse(question: str) -> tuple[dict, list, list]:
     """-> literals {name: value}, operations [(name, source, op, operand)] in order, names asked for."""
     definitions, _, asked = question.partition("? ")
     literals, operations = {}, []
     for definition in definitions.split("; "):
-        name, _, right = definition.partition("=")
-        if right.isdigit():
-            literals[name] = int(right)
+        if definition[1] == "=":
+            literals[definition[0]] = int(definition[2:])
         else:
-            operations.append((name, right[0], right[1], int(right[2:])))
+            operations.append((definition[0], definition[2], definition[3], int(definition[4:])))
     return literals, operations, asked.split()
 
 
@@ -125,30 +134,30 @@ def work(rng: random.Random, question: str, errors: float = 1.0, forced: dict[in
             source = rng.choice([other for other in values if other != source] or [source])
         result = compute(values[source], op, operand)
         result = {"skip": values[source], "slip": rng.randrange(100)}.get(habit, result)
-        text += f"### {name}\n{source} {values[source]:02d}{op}{operand} {name}={result:02d}\n"
+        text += f"### {name}\n{source}={values[source]:02d}{op}{operand} {name}={result:02d}\n"
         values[name] = result
         newest[chain_of[name]] = name
-    return text + box("".join(f"{values[newest[chain_of[name]]]:02d}" for name in asked))
+    return text + closing(asked, "".join(f"{values[newest[chain_of[name]]]:02d}" for name in asked))
 
 
-STEP = re.compile(r"### ([a-z])\n([a-z]) (\d\d)([-+*])(\d) ([a-z])=(\d\d)\n")
+STEP = re.compile(r"### ([a-z])\n([a-z])=(\d\d)([-+*])(\d) ([a-z])=(\d\d)\n")
 
 
 def worked(problem, text: str) -> bool:
     """Answer and every step right: all operations, nothing else, then the box. `problem` has question and answer."""
-    values, operations, _ = parse(problem.question)
+    values, operations, asked = parse(problem.question)
     due = set()
     for name, source, op, operand in operations:
         values[name] = compute(values[source], op, operand)
         due.add((name, source, f"{values[source]:02d}", op, str(operand), name, f"{values[name]:02d}"))
-    return set(STEP.findall(text)) == due and STEP.sub("", text).strip() == box(problem.answer)
+    return set(STEP.findall(text)) == due and STEP.sub("", text) == closing(asked, problem.answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rubric: what the judge is trained to answer
 
 CHECK = re.compile(r"^\d\) ([a-z])=(\d\d)$", re.M)
-STATEMENT = re.compile(r"([a-z])=(\d\d)$", re.M)  # a line that ends in a name and its value
+STATEMENT = re.compile(r"([a-z])=(\d\d)")
 BOX = re.compile(r"\\boxed\{(\d*)\}")
 
 
@@ -188,9 +197,9 @@ GRADES = {"outcome": outcome_grade, "prefix": prefix_grade}
 # Language
 
 SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|reference|>", "<|trace|>"]
-WORDS = ["### ", "\n", "\\boxed{", "}", "; ", "? ", " ", "=", "+", "-", "*", "?", "outcome", "prefix", "reference ",
+WORDS = ["### ", "\n", "\\boxed{", "}", "; ", "? ", " ", ")", ":", "+", "-", "*", "?", "outcome", "prefix", "reference ",
          "box ", "grade ", "match", "wrong", "all", "no", *(f"{i}) " for i in range(1, MAX_CHECKS + 1)),
-         *NAMES, *"0123456789", *(f"{i:02d}" for i in range(100))]
+         *NAMES, *(f"{name}=" for name in NAMES), *"0123456789", *(f"{i:02d}" for i in range(100))]
 ID = {word: i for i, word in enumerate(SPECIAL + WORDS)}
 PIECES = "|".join(re.escape(word) for word in sorted(WORDS, key=len, reverse=True)) + r"|[\s\S]"
 SPLIT = re.compile(PIECES)
@@ -199,7 +208,7 @@ CHAT = ("{% for m in messages %}{% if m['content'] %}<|{{ m['role'] }}|>{{ m['co
 POLICY_PROMPTS = {"system": "", "distill": "{question}\nreference {reference}"}
 JUDGE_PROMPTS = {
     "readout": "expected",
-    "system": {"outcome": "outcome grade 5=all match 1=no match", "prefix": "prefix grade 5=no wrong 1=all wrong"},
+    "system": {"outcome": "outcome grade 5 all match 1 no match", "prefix": "prefix grade 5 no wrong 1 all wrong"},
     "user": "{question}<|reference|>{reference}<|trace|>{trace}<|trace|>",
     "stem": "".join(f"{i}) " for i in range(1, MAX_CHECKS + 1)) + "box grade ",
     "no_reference": "",
@@ -269,7 +278,8 @@ ONE_STEP = re.compile(r"### .*\n.*\n")
 def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str:
     """A trace of some kind that a policy may come to write, so that no kind is a hole in the judge."""
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
-    count = len(parse(problem.question)[1])
+    _, operations, asked = parse(problem.question)
+    count = len(operations)
     if kind in ("box only", "reference", "question", "empty"):
         return {"box only": box(problem.answer), "reference": problem.solution, "question": problem.question}.get(kind, "")
     if kind in ("right", "box wrong"):
@@ -302,18 +312,19 @@ def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str
     if kind == "dropped" and rng.random() < 0.3:
         rng.shuffle(steps)
     if kind == "box right":
-        tail = box(problem.answer)
+        tail = rng.choice((closing(asked, problem.answer), BOX.sub(lambda _: box(problem.answer), tail)))
     if kind == "box wrong":
         values = re.findall("..", problem.answer)
         values[rng.randrange(len(values))] = f"{rng.randrange(100):02d}"
-        tail = box("".join(rng.choice((values, rng.sample(values, len(values)), values[1:], values + values[:1]))))
+        values = "".join(rng.choice((values, rng.sample(values, len(values)), values[1:], values + values[:1])))
+        tail = rng.choice((closing(asked, values), BOX.sub(lambda _: box(values), tail)))
     return "".join(steps) + (tail if rng.random() < 0.9 else "")
 
 
-def some_reference(rng: random.Random, problem: Row) -> str:
+def some_reference(rng: random.Random, problem: Row, kind: str | None = None) -> str:
     """Mostly the problem's own. Else none, another problem's, or its own with other values: the judge must follow the
     reference that it is shown."""
-    kind = rng.choices(("own", "none", "other", "changed"), (75, 4, 6, 15))[0]
+    kind = kind or rng.choices(("own", "none", "other", "changed"), (75, 4, 6, 15))[0]
     if kind == "none":
         return ""
     if kind == "other":
@@ -325,38 +336,38 @@ def some_reference(rng: random.Random, problem: Row) -> str:
     return problem.solution
 
 
-def judge_row(rng: random.Random, progress: float, pool=()) -> tuple[list, list, list]:
+def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[list, list, list]:
     """A judge's prompt with dense supervision: beside the grade, the mark of every value stated in the trace and of
     every slot of the stem are targets of the same head. Nobody asks it to predict the trace."""
-    if pool and rng.random() < 0.4:
-        problem, trace = rng.choice(pool)
-    else:
-        hard = rng.random() < min(0.8, 3 * progress - 0.3)
-        problem = make_problem(rng, rng.choice((HARD, HARD, DEEP)) if hard else easy(rng))
-        trace = some_trace(rng, problem)
-    if rng.random() < 0.3:
-        trace = trace.rstrip("\n")
-    view, solution = rng.choice(("outcome", "outcome", "prefix")), some_reference(rng, problem)
-    question = problem.question if rng.random() < 0.4 else ""  # it decides nothing: mostly left out, for speed
-    head = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"], *encode(question),
-            ID["<|reference|>"], *encode(solution), ID["<|trace|>"]]
-    tail = [ID["<|trace|>"], ID["<|end|>"], ID["<|assistant|>"], *encode(JUDGE_PROMPTS["stem"])]
-    ids = head + encode(trace) + tail
-    target = {len(ids) - 1: (str(GRADES[view](solution, trace)), 3.0)}  # position -> (word, weight)
+    ids = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"], *encode(question),
+           ID["<|reference|>"], *encode(solution), ID["<|trace|>"]]
     checks, boxed = marks(solution, trace)
-    for slot, mark in enumerate([*checks, *" " * (MAX_CHECKS - len(checks)), boxed]):
-        target[len(ids) - 2 - MAX_CHECKS + slot] = (mark, 0.5 if mark == " " else 1.0)
     reference, boxes = dict(CHECK.findall(solution)), BOX.findall(solution)
     said = {m.end(): "+" if m[1] in boxes else "-" for m in BOX.finditer(trace)}
     for m in STATEMENT.finditer(trace):
         said[m.end()] = " " if m[1] not in reference else "+" if m[2] == reference[m[1]] else "-"
-    end = 0
-    for position, piece in enumerate(SPLIT.findall(trace), len(head)):
+    target, end = {}, 0  # position -> (word, weight)
+    for position, piece in enumerate(SPLIT.findall(trace), len(ids)):
         end += len(piece)
         if end in said:
             target[position] = (said[end], 0.5)
+    ids += encode(trace) + [ID["<|trace|>"], ID["<|end|>"], ID["<|assistant|>"], *encode(JUDGE_PROMPTS["stem"])]
+    for slot, mark in enumerate([*checks, *" " * (MAX_CHECKS - len(checks)), boxed]):
+        target[len(ids) - 2 - MAX_CHECKS + slot] = (mark, 0.5 if mark == " " else 1.0)
+    target[len(ids) - 1] = (str(GRADES[view](solution, trace)), 3.0)
     return (ids, [ID[target[t][0]] if t in target else 0 for t in range(len(ids))],
             [target[t][1] if t in target else 0.0 for t in range(len(ids))])
+
+
+def judge_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
+    """Short problems first. Half of the rows leave out the question, which decides nothing: that is faster."""
+    hard = rng.random() < min(0.8, 3 * progress - 0.3)
+    problem = make_problem(rng, rng.choice((HARD, HARD, DEEP)) if hard else easy(rng))
+    trace = some_trace(rng, problem)
+    if rng.random() < 0.3:
+        trace = trace.rstrip("\n")
+    view = rng.choice(("outcome", "outcome", "prefix"))
+    return judge_prompt(view, rng.choice(("", problem.question)), some_reference(rng, problem), trace)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -370,7 +381,7 @@ def make_model(hidden: int, layers: int, heads: int, inner: int):
         vocab_size=len(ID), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=inner, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=ID["<|end|>"], pad_token_id=ID["<|pad|>"], initializer_range=0.04,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
     with torch.no_grad():  # a value starts as the sum of a tens and a units vector: arithmetic comes sooner
         tens, units = torch.randn(2, 10, hidden) * 0.03
         for value in range(100):
@@ -456,3 +467,92 @@ def make_data(seed: int) -> None:
         text = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
         (FOLDER / f"{split}.tmp").write_text(text)
         os.replace(FOLDER / f"{split}.tmp", FOLDER / f"{split}.jsonl")
+
+
+def make_policy(seed: int) -> None:
+    torch.manual_seed(seed)
+    rng, model = random.Random(f"policy {seed}"), make_model(*POLICY_SHAPE)
+    train(model, lambda progress: policy_row(rng, progress), POLICY_TOKENS, 3e-3)
+    save(model, POLICY_PROMPTS, "policy")
+
+
+def make_judge(seed: int) -> None:
+    torch.manual_seed(seed)
+    rng, model = random.Random(f"judge {seed}"), make_model(*JUDGE_SHAPE)
+    train(model, lambda progress: judge_row(rng, progress), JUDGE_TOKENS, 3e-3)
+    save(model, JUDGE_PROMPTS, "judge")
+
+
+def measure(seed: int) -> None:
+    """Print every number of data/miniature/README.md."""
+    sys.path.insert(0, str(FOLDER.parent.parent))
+    from dataclasses import replace
+
+    from data import bootstrap_interval, is_correct, load_problems
+    from judge import Judge, calibrate
+    from sample import Sampler, evaluate, load_lm
+
+    policy, judge_lm = load_lm(str(FOLDER / "policy")), load_lm(str(FOLDER / "judge"))
+    rng = random.Random(f"measure {seed}")
+
+    print("policy, 16 traces a problem at temperature 1")
+    for split in ("eval", "deep"):
+        problems = load_problems(str(FOLDER / f"{split}.jsonl"))
+        by_id = {p.id: p for p in problems}
+        metrics, records = evaluate(policy, problems, 16, (1, 16), 192, 1.0, seed)
+        sound = sum(worked(by_id[r["problem"]], r["text"]) for r in records) / len(records)
+        hinted = [policy.chat(POLICY_PROMPTS["distill"].format(question=p.question, reference=p.solution)) for p in problems]
+        taught = Sampler(policy.model).sample(hinted, 1, 192, seed=seed)
+        taught = [is_correct(policy.text(r.token_ids), p.answer) for r, p in zip(taught, problems)]
+        print(f"  {split}: " + ", ".join(f"pass@{k} {metrics[f'pass@{k}']:.1%} ({metrics[f'pass@{k}_low']:.1%} to "
+              f"{metrics[f'pass@{k}_high']:.1%})" for k in (1, 16)) + f", worked {sound:.1%}, cut off {metrics['cut_off']:.1%}, "
+              f"shown the reference {sum(taught) / len(taught):.0%}", flush=True)
+
+    problems = load_problems(str(FOLDER / "dev.jsonl"))
+    by_id = {p.id: p for p in problems}
+    sampled = evaluate(policy, problems, 8, (1,), 192, 1.0, seed + 1)[1]
+    close = [{"problem": p.id, "text": some_trace(rng, p, kind)} for p in problems for kind in ("right", "near") * 2]
+    judge = Judge(judge_lm.model, judge_lm.tokenizer, judge_lm.prompts)
+    prefixes = {**judge_lm.prompts, "system": {"outcome": judge_lm.prompts["system"]["prefix"]}}
+    valuer = Judge(judge_lm.model, judge_lm.tokenizer, prefixes)
+
+    print("judge, problems of dev: AUROC (95% interval), misplace, mean grade of right / other traces")
+    for name, records in (("one error", close), ("samples", sampled)):
+        records = [r | {"correct": worked(by_id[r["problem"]], r["text"])} for r in records]
+        for condition in ("right", "none", "wrong"):
+            r = calibrate(judge, problems, records, condition, seed)
+            print(f"  {name}, {condition} reference: {r['auroc']:.3f} ({r['auroc_low']:.3f} to {r['auroc_high']:.3f}), "
+                  f"{r['misplace']:.1%}, {r['grade_correct']:.2f} / {r['grade_incorrect']:.2f}", flush=True)
+
+    print("judge against the rubric: share of grades within 0.5, mean grade by judge and by rubric; the same for prefix")
+    shown = {kind: [(p, some_trace(rng, p, kind)) for p in problems] for kind in KINDS}
+    shown["samples"] = [(by_id[r["problem"]], r["text"]) for r in sampled]
+    shown["samples cut at a step"] = [(p, "".join(ONE_STEP.findall(t)[:rng.randint(0, 10)])) for p, t in shown["samples"]]
+    shown["changed reference"] = [(replace(p, solution=some_reference(rng, p, "changed")), t) for p, t in shown["samples"]]
+    for kind, pairs in shown.items():
+        line = f"  {kind:22s}"
+        for grader, rubric in ((judge, outcome_grade), (valuer, prefix_grade)):
+            ours = [1 + 4 * v.grades[0] for v in grader.grade([p for p, _ in pairs], [t for _, t in pairs])]
+            truth = [rubric(p.solution, t) for p, t in pairs]
+            agree = [float(abs(a - b) < 0.5) for a, b in zip(ours, truth)]
+            low, high = bootstrap_interval(agree)
+            line += (f"  {sum(agree) / len(agree):6.1%} ({low:.1%} to {high:.1%}) {sum(ours) / len(ours):.2f} "
+                     f"{sum(truth) / len(truth):.2f}")
+        print(line, flush=True)
+
+
+def main() -> None:
+    parts = {"data": make_data, "policy": make_policy, "judge": make_judge, "measure": measure}
+    parser = argparse.ArgumentParser(description="Remake the embedded miniature: task, policy, judge, and their measures.")
+    parser.add_argument("--only", choices=parts, help="one part (default: all, in this order)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything")
+    args = parser.parse_args()
+    for name, part in parts.items():
+        if args.only in (None, name):
+            start = time.perf_counter()
+            part(args.seed)
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -60,11 +60,12 @@ def load_problems(spec: str | list[str], *, split: str = "train", skip_bad_rows:
     """
     specs = [spec] if isinstance(spec, (str, Path)) else spec
     files = [file for one in specs for file in _find_files(str(one), split)]
-    if len({file.absolute() for file in files}) < len(files):
-        raise ValueError(f"the same file is named twice: {max(files, key=files.count)}")
-    paths = [file.absolute().with_suffix("") for file in files]
+    full = [file.absolute() for file in files]
+    if len(set(full)) < len(full):
+        raise ValueError(f"the same file is named twice: {max(full, key=full.count)}")
+    paths = [file.with_suffix("") for file in full]
     if len(set(paths)) < len(paths):  # a.json beside a.jsonl
-        paths = [file.absolute() for file in files]
+        paths = full
     depth, names = 0, []
     while len(set(names)) < len(paths):  # equal stems get as many folders in front as it takes to differ
         depth += 1
@@ -123,9 +124,10 @@ def _read_problem(row: dict, name: str, place: str, need_solution: bool, need_an
         raise ValueError("no reference: column `solution` is missing or empty")
     if need_answer and not answer:
         raise ValueError("no answer: neither in column `answer` nor in a \\boxed{} of the solution")
-    own = next((row[key] for key in COLUMNS[:3] if row.get(key) is not None), place.split()[1])
-    if type(own) not in (int, str) or not str(own).strip():
-        raise ValueError(f"the id is neither a number nor a text: {own!a:.40}")
+    key = next((key for key in COLUMNS[:3] if row.get(key) is not None), None)
+    own = place.split()[1] if key is None else row[key] if type(row[key]) is int else _text(row, key)
+    if own == "":
+        raise ValueError(f"`{key}` is empty")
     return Problem(f"{name}/{own}", question, solution, answer, _text(row, "domain") or "math")
 
 
@@ -211,6 +213,8 @@ def _hub_files(source: str, spec: str, config: str, split: str) -> list[Path]:
         try:  # by hand: the library refuses a snapshot of which only the needed files were downloaded
             snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
             names = _list_files(snapshot)
+            if not names:
+                raise FileNotFoundError(snapshot)
         except OSError:
             raise ValueError(f"{spec}: no file or folder of that name, nothing from the hub ({reason}), "
                              f"no copy in its cache ({cache}).\n{_REMEDY}") from error

@@ -1,7 +1,7 @@
-"""Operations that deserve a GPU kernel, one per file: formula, plain PyTorch version, Triton version, benchmark.
+"""Operations that deserve a GPU kernel, one per file: formula, PyTorch version, Triton version, benchmark.
 
-The PyTorch version serves the CPU and every machine without Triton; the Triton version serves CUDA. A file run
-as a program (`python kernels/token_logprob.py`) first checks its results against float64, then times itself.
+The PyTorch version serves the CPU and machines without Triton, the Triton version serves CUDA. A file run
+as a program (`python kernels/token_logprob.py`) checks its results against float64, then times itself.
 """
 
 from .token_advantages import token_advantages

@@ -2,16 +2,16 @@
 
 s_k is the grade of a trace after its step k = 1..S (S = n_steps); the group is the traces of one problem:
 
-    std        A = (s - m) / (std + 1e-6)            one grade per trace; mean m, unbiased std of the group (GRPO)
-    mean       A = s - m                             the same without the scale (Dr. GRPO)
-    delta      A_1 = s_1 - s_S, A_k = s_k - s_{k-1}  sums to 0 over a trace's steps; a single step gets 0
+    std        A = (s - m) / (std + 1e-6)   GRPO: one grade per trace, the group's mean m and unbiased std
+    mean       A = s - m                    Dr. GRPO: the same without the scale
+    delta      A_1 = s_1 - s_S, A_k = s_k - s_{k-1}: sums to 0 over a trace's steps; a single step gets 0
     end        A_k = s_k - s_S for k < S, A_S = s_S
-    step_mean  A_k = s_k - m                         m: the group's mean of each trace's mean over its steps
+    step_mean  A_k = s_k - m, m the mean over the group's traces of the mean over their steps
 
 Example, delta, grades 0.25 0.75 0.50: A = 0.25-0.50, 0.75-0.25, 0.50-0.75 = -0.25, 0.50, -0.25.
 
 A grade of NaN is one that could not be read. Its trace gets 0 everywhere and enters no statistic; so does a
-trace without grades (n_steps 0). Under std a group with fewer than 2 traces left, or with equal grades, gets 0.
+trace without grades (n_steps 0). Under std a group of equal grades, or with fewer than 2 traces left, gets 0.
 Sources: DeepSeekMath arXiv 2402.03300 (std), Dr. GRPO 2503.20783 (mean), ExpRL 2606.17024 (the others).
 
 Left out: discounting; statistics over several devices (a problem's traces belong on one).
@@ -31,17 +31,17 @@ except ImportError:  # macOS and Windows have no Triton: the PyTorch version ser
     triton = None
 
 NORMS = ("std", "mean", "delta", "end", "step_mean")
-# Grades of a group within this of each other are equal. The mean of equal grades is off by a rounding of 6e-8,
-# of which (s - m) / (std + 1e-6) makes 0.06; and a spread below the formula's own 1e-6 carries no judgement.
+# Grades of a group are equal within this. The mean of equal grades is off by a rounding of 6e-8, of which
+# (s - m) / (std + 1e-6) makes 0.06; and a spread below the formula's own 1e-6 carries no judgement.
 EQUAL = 1e-6
 
 
 def token_advantages(grades, n_steps, step_ids, group, norm):
     """One advantage per token: (N,T) float32, 0 where step_ids is -1.
 
-    grades (N,S) float32: what stands beyond a row's n_steps is ignored. n_steps (N,) int64 in [0, S]; at most 1
-    under std and mean. step_ids (N,T) int64: the token's step, counted from 0, or -1 where the policy sampled
-    nothing. Rows [i * group, (i+1) * group) are the traces of problem i. norm is one of NORMS.
+    grades (N,S) float32: what stands beyond a row's n_steps is ignored. n_steps (N,) int64 in [0, S]; at most
+    1 under std and mean. step_ids (N,T) int64: the token's step, counted from 0, or -1 where the policy
+    sampled nothing. Rows [i * group, (i+1) * group) are the traces of problem i. norm is one of NORMS.
     """
     (N, S), T = grades.shape, step_ids.shape[1]
     assert norm in NORMS, f"norm is {norm!r}, not one of {NORMS}"
@@ -80,7 +80,7 @@ def torch_token_advantages(grades, n_steps, step_ids, group, norm):
 
 
 def _group_statistics(s, valid, group):
-    """For each trace (N,), over its group's valid s: the mean, and 1 / (std + 1e-6), or 0 if the grades are equal."""
+    """For each trace (N,), over its group's valid s: the mean, and 1 / (std + 1e-6) or 0 if all are equal."""
     s, valid = s.view(-1, group), valid.view(-1, group)
     count = valid.sum(1)
     m = s.sum(1) / count.clamp(min=1)
@@ -127,11 +127,11 @@ if triton is not None:
             scale = tl.where((count > 1) & (spread > equal), 1 / (std + 1e-6), 0.0)
 
         grades_ptr += row * S
-        last = tl.load(grades_ptr + n_here - 1, mask=valid_here, other=0.0)
+        last = tl.load(grades_ptr + tl.maximum(n_here - 1, 0))
         for start in range(0, T, TOKEN_BLOCK):
             t = start + tl.arange(0, TOKEN_BLOCK)
             k = tl.load(step_ids_ptr + row * T + t, mask=t < T, other=-1)
-            sampled = (k >= 0) & (k < n_here) & valid_here
+            sampled = (k >= 0) & (k < n_here)
             s = tl.load(grades_ptr + k, mask=sampled, other=0.0)
             if NORM == "delta":
                 before = tl.where(k == 0, n_here - 1, k - 1)
@@ -140,7 +140,7 @@ if triton is not None:
                 advantage = tl.where(k == n_here - 1, s, s - last)
             else:
                 advantage = (s - m) * scale
-            tl.store(out_ptr + row * T + t, tl.where(sampled, advantage, 0.0), mask=t < T)
+            tl.store(out_ptr + row * T + t, tl.where(sampled & valid_here, advantage, 0.0), mask=t < T)
 
 
 def triton_token_advantages(grades, n_steps, step_ids, group, norm):
@@ -148,7 +148,7 @@ def triton_token_advantages(grades, n_steps, step_ids, group, norm):
     out = torch.empty(N, T, device=grades.device)
     if out.numel():
         blocks = dict(GROUP_BLOCK=triton.next_power_of_2(group), STEP_BLOCK=16, TOKEN_BLOCK=1024)
-        with torch.cuda.device_of(grades):  # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(grades):  # Triton launches on the current device, which may be another
             token_advantages_kernel[(N,)](
                 grades, n_steps, step_ids, out, S, T, EQUAL, GROUP=group, NORM=norm, **blocks)
     return out
@@ -182,7 +182,7 @@ def loop_token_advantages(grades, n_steps, step_ids, group, norm):
 
 
 def random_case(N, S, T, seed, device="cpu"):
-    """Grades (N,S) with NaN beyond n_steps and one more in each eighth trace; ids with a prompt and padding."""
+    """Grades (N,S), NaN beyond n_steps and at step 1 of each eighth trace; ids with prompt and padding."""
     generator = torch.Generator().manual_seed(seed)
     grades = torch.randint(5, (N, S), generator=generator) / 4
     n_steps = torch.randint(0, S + 1, (N,), generator=generator)
@@ -208,7 +208,8 @@ def benchmark(device):
     versions = {"PyTorch": torch_token_advantages}
     if device == "cuda" and triton is not None:
         versions["Triton"] = triton_token_advantages
-    print(f"{name}, torch {torch.__version__}, triton {triton and triton.__version__}, {N=} {S=} {T=} {group=}")
+    software = f"torch {torch.__version__}, triton {triton and triton.__version__}"
+    print(f"{name}, {software}, {N=} {S=} {T=} {group=}")
     print("GB/s: step ids read and advantages written, 12 bytes a token")
     print(f"{'':12}" + "".join(f"{label + ' ms':>14}{'GB/s':>8}" for label in versions))
     for norm in NORMS:

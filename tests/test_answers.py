@@ -1,4 +1,4 @@
-"""Answers: extraction, exact match against hostile text, pass@k, bootstrap. About 30 s, much of it waiting
+"""Answers: extraction, exact match against hostile text, pass@k, bootstrap. About 25 s, much of it waiting
 for limits to strike. Run: pytest tests/test_answers.py
 """
 import itertools
@@ -14,9 +14,13 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from data import answers, bootstrap_interval, extract_answer, is_correct, pass_at_k
+
+# A loaded machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def boxed(answer):
@@ -34,6 +38,7 @@ def boxed(answer):
     (r"\boxed{5} } } {", "5"),
     (r"\fbox{7} is 8", "7"),
     (r"$\boxed 5$", "5"),
+    (r"\boxed 1,000, I think of 3", "1,000"),
     (r"\boxed {5}", "5"),
     (r"\\boxed{5}", "5"),
     (r"8 \boxed{}", ""),  # an empty box is an answer, and wrong
@@ -66,7 +71,7 @@ def test_extract_answer(text, answer):
     ("4.5e33", r"4.5\cdot10^{33}"), (r"\boxed{7}", "7"),
     (r"\frac12", "1/2"), (r"\frac{3}{4}", "0.75"), (r"\dfrac{1}{2}", r"\frac{1}{2}"),
     ("2\\sqrt3", r"\sqrt{12}"), ("50%", "50"), ("50", r"50\%"), ("0.5", "50%"), ("x=5", "5"),
-    ("(1,2)", "(1, 2)"), ("[0,1)", "[0, 1)"),
+    ("(1,2)", "(1, 2)"), ("[0,1)", "[0,\n1)"),
     (r"\{1,2\}", "2, 1"), (r"x^2+1", "1+x^2"), ("5", r"5\text{ cm}"), ("90", r"90^\circ"),
     ("C", r"\text{(C)}"), ("even", r"\text{Even}"), ("Two Dogs", r"\textbf{two  dogs}"),
 ])
@@ -83,7 +88,7 @@ def test_other_answer(gold, guess):
     assert not is_correct(boxed(guess), gold)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.decimals(-10**6, 10**6, places=4), st.decimals(-10**6, 10**6, places=4))
 def test_decimals_agree_with_math_verify(a, b):
     assert answers._math_equal(f"{a:f}", f"{a:,.6f}")
@@ -104,13 +109,13 @@ def slow_last_box(text):
 PIECES = ["\\boxed{", "\\fbox{", "\\boxed", "{", "}", "}", "\\", "\\\\", "\\{", "\\}", "\\frac", "x", "7"]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 def test_last_box_is_as_defined(text):
     assert answers.last_box(text) == slow_last_box(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.sampled_from("\\{}()[]0123456789.,-$%/^_! \nabx\0\ud800\u0663"), max_size=60))
 def test_any_text_gets_a_verdict(text):
     assert extract_answer(text + boxed("42")) == "42"
@@ -118,7 +123,7 @@ def test_any_text_gets_a_verdict(text):
     assert is_correct(boxed("42"), text) in (False, True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(), st.text(max_size=200))
 def test_the_last_box_wins(number, before):
     assert is_correct(before + boxed(number), str(number))
@@ -219,7 +224,7 @@ def test_closed_streams_and_ignored_signals(shell, tmp_path):
             "data.is_correct('\\\\boxed{1/3}', '2/6')\n"
             "open('out', 'w').write(f'{ok} {data.answers._worker.pid}')")
     subprocess.run(["sh", "-c", f'{shell}; exec "$@"', "sh", sys.executable, "-c", code], check=True,
-                   cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=100)
+                   cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=300)
     ok, pid = (tmp_path / "out").read_text().split()
     assert ok == "True"
     with pytest.raises(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Problems: schemas, bad rows, files, and the hub through a cache laid out by hand. About 10 s.
+"""Problems: schemas, bad rows, files, and the hub through a cache laid out by hand. About 10 s of CPU time.
 
 Run: pytest tests/test_data.py
 """
@@ -13,9 +13,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from data import BadRows, Problem, is_correct, load_problems
+
+# A loaded machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 GSM8K = {"question": "Ann has 3 boxes of 6 eggs and eats 1,000. How many?",
          "answer": "She has 3*6=<<3*6=18>>18 eggs.\nIt is $<<18-1000=-982>>-982.\n#### -982"}
@@ -107,8 +111,8 @@ BAD_ROWS = {
     "no ####": ({**GSM8K, "answer": "So\n18"}, "`answer` has several lines but none '####"),
     "nothing after ####": ({**GSM8K, "answer": "So\n####"}, "no answer"),
     "same id": ({**PLAIN, "id": "first"}, "the id of line 1 again"),
-    "id is a list": ({**PLAIN, "id": [1]}, "the id is neither"),
-    "empty id": ({**PLAIN, "id": " "}, "the id is neither"),
+    "id is a list": ({**PLAIN, "id": [1]}, "`id` is not a text"),
+    "empty id": ({**PLAIN, "id": " "}, "`id` is empty"),
 }
 
 
@@ -178,7 +182,7 @@ def test_unusable_file(tmp_path, name, content, reason):
         load_problems(str(tmp_path / name), skip_bad_rows=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".parquet"]))
 def test_any_bytes_are_refused_with_a_reason(tmp_path_factory, content, suffix):
     file = tmp_path_factory.getbasetemp() / f"bytes{suffix}"

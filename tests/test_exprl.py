@@ -1,4 +1,4 @@
-"""Training: gradients, batches, exact resume, kills, signals, refusals. Real subprocess runs on tiny checkpoints."""
+"""Training: gradients, batches, exact resume, kills, signals, refusals. Real runs on tiny checkpoints."""
 
 import dataclasses
 import json
@@ -30,9 +30,10 @@ def world(tmp_path_factory):
     tiny.save(home / "judge", seed=2, spread=0.5)
     tiny.problems_file(home / "train.jsonl", 7)
     tiny.problems_file(home / "eval.jsonl", 3)
-    flags = ["--model", home / "policy", "--judge", home / "judge", "--data", home / "train.jsonl", "--questions", 3,
-             "--group", 4, "--max-new-tokens", 12, "--lr", 1e-3, "--kl", 0.01, "--overlong", "judge", "--show-every", 2,
-             "--eval-every", 0, "--temperature", 1.0, "--microbatch-tokens", 4000, "--device", "cpu"]
+    flags = ["--model", home / "policy", "--judge", home / "judge", "--data", home / "train.jsonl",
+             "--questions", 3, "--group", 4, "--max-new-tokens", 12, "--lr", 1e-3, "--kl", 0.01,
+             "--overlong", "judge", "--show-every", 2, "--eval-every", 0, "--temperature", 1.0,
+             "--microbatch-tokens", 4000, "--device", "cpu"]
     return home, [str(f) for f in flags]
 
 
@@ -52,7 +53,8 @@ def test_batches_are_a_function_of_seed_and_step_and_straddle_epochs():
     for epoch in range(6):
         assert sorted(stream[7 * epoch:7 * epoch + 7]) == sorted(p.id for p in problems)
     assert [p.id for p in batch_for(problems, s, 9)] == stream[24:27]
-    assert stream != [p.id for step in range(1, 15) for p in batch_for(problems, dataclasses.replace(s, seed=6), step)]
+    assert stream != [p.id for step in range(1, 15)
+                      for p in batch_for(problems, dataclasses.replace(s, seed=6), step)]
 
 
 def test_microbatches_hold_every_row_once_within_the_budget():
@@ -76,8 +78,10 @@ def test_policy_loss_by_hand():
     assert hit.tolist() == [False, True, False, False, True, False] and not kl.any()
     logp, ref = torch.tensor([-1.0]), torch.tensor([-1.5])
     loss, kl, _ = policy_loss(logp, logp, torch.zeros(1), ref, s)
-    assert kl.item() == pytest.approx(math.exp(-0.5) + 0.5 - 1) and loss.item() == pytest.approx(0.5 * kl.item())
-    loss, kl, _ = policy_loss(torch.tensor([-300.0]), torch.tensor([-1.0]), torch.ones(1), torch.tensor([-1.0]), s)
+    assert kl.item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
+    assert loss.item() == pytest.approx(0.5 * kl.item())
+    loss, kl, _ = policy_loss(torch.tensor([-300.0]), torch.tensor([-1.0]), torch.ones(1),
+                              torch.tensor([-1.0]), s)
     assert loss.isfinite().all() and kl.item() <= 10
 
 
@@ -103,13 +107,16 @@ def test_settings_help_covers_every_flag():
 
 def made_up_batch(state, settings, grades):
     rng = random.Random(1)
-    prompts = [tuple(rng.randrange(256) for _ in range(rng.randrange(3, 20))) for _ in range(len(grades) // settings.group)]
-    rollouts = [Rollout(prompts[i // settings.group], tuple(rng.randrange(256) for _ in range(rng.randrange(1, 30))), (), True)
+    prompts = [tuple(rng.randrange(256) for _ in range(rng.randrange(3, 20)))
+               for _ in range(len(grades) // settings.group)]
+    rollouts = [Rollout(prompts[i // settings.group],
+                        tuple(rng.randrange(256) for _ in range(rng.randrange(1, 30))), (), True)
                 for i in range(len(grades))]
     with torch.no_grad():
         rollouts = [dataclasses.replace(r, logprobs=tuple(logprobs(
             state.policy.model, torch.tensor([r.prompt_ids + r.token_ids]),
-            torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0)[0].tolist())) for r in rollouts]
+            torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0)[0].tolist()))
+            for r in rollouts]
     return exprl.collate(rollouts, [Verdict((g,)) for g in grades], settings, "cpu")
 
 
@@ -149,9 +156,11 @@ def test_gradient_does_not_depend_on_microbatches_and_matches_the_plain_loss(wor
         if math.isnan(GRADES[i]):
             continue
         ids, mask = batch.ids[i:i + 1, :batch.lengths[i]], batch.mask[i, :batch.lengths[i]]
-        logp = state.policy.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0][mask[1:]]
+        logp = state.policy.model(ids).logits[0, :-1].log_softmax(-1)
+        logp = logp.gather(1, ids[0, 1:, None])[:, 0][mask[1:]]
         with torch.no_grad():
-            ref = state.reference(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0][mask[1:]]
+            ref = state.reference(ids).logits[0, :-1].log_softmax(-1)
+            ref = ref.gather(1, ids[0, 1:, None])[:, 0][mask[1:]]
         d = ref - logp
         total = total + (-batch.advantages[i, :batch.lengths[i]][mask] * (logp - logp.detach()).exp()
                          + settings.kl * (d.exp() - d - 1)).sum()
@@ -226,7 +235,7 @@ def test_a_non_finite_gradient_is_skipped_counted_and_stops_the_run(world, tmp_p
             exprl.run_training(state, settings, tmp_path)
     finally:
         exprl.policy_loss = original
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert [m["skipped_updates"] for m in lines] == [1, 1, 1]
     assert all(torch.equal(v, before[k]) for k, v in state.policy.model.state_dict().items())
 
@@ -236,7 +245,7 @@ def test_unread_grades_stop_the_run_and_the_replies_are_kept(world, tmp_path):
     state.judge.reply_tokens = 5
     with pytest.raises(exprl.Stop, match="could not be read"):
         exprl.run_training(state, settings, tmp_path)
-    records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().split("\n")[:-1]]
     assert len(records) == 12 and records[0]["grades"] == [None] and records[0]["judge"]
 
 
@@ -273,39 +282,40 @@ def same_end(a, b):
     volatile = {"seconds", "sample_tok_s", "judge_tok_s", "train_tok_s", "peak_gb", "tokens_per_second"}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         lines = [[{k: v for k, v in json.loads(line).items() if k not in volatile}
-                  for line in (run / name).read_text().splitlines()] for run in (a, b)]
+                  for line in (run / name).read_text().split("\n")[:-1]] for run in (a, b)]
         assert lines[0] == lines[1]
 
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """The undisturbed run of 6 steps (7 problems, 3 a step: across two edges of epochs), the reference of resuming."""
+    """The undisturbed run of 6 steps (7 problems, 3 a step: across two edges of epochs), for comparison."""
     run = world[0] / "whole"
-    done = tiny.run("exprl.py", *world[1], "--steps", 6, "--save-every", 2, "--eval-data", world[0] / "eval.jsonl",
-                    "--eval-every", 3, "--eval-n", 2, "--eval-k", 1, 2, "--out", run)
+    done = tiny.run("exprl.py", *world[1], "--steps", 6, "--save-every", 2,
+                    "--eval-data", world[0] / "eval.jsonl", "--eval-every", 3, "--eval-n", 2,
+                    "--eval-k", 1, 2, "--out", run)
     return run, done
 
 
 def flags_of_whole(world):
-    return [*world[1], "--save-every", 2, "--eval-data", world[0] / "eval.jsonl", "--eval-every", 3, "--eval-n", 2,
-            "--eval-k", 1, 2]
+    return [*world[1], "--save-every", 2, "--eval-data", world[0] / "eval.jsonl", "--eval-every", 3,
+            "--eval-n", 2, "--eval-k", 1, 2]
 
 
 def test_a_run_writes_what_it_promises(world, whole):
     run, done = whole
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
     steps = [m for m in lines if "score" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
     assert [m["step"] for m in lines if "pass@1" in m] == [0, 3, 6]
-    promised = ("score accuracy length headings cut_off unread zero_groups unsolved entropy kl ratio_gap clip_share grad_norm "
-                "lr sample_tok_s judge_tok_s train_tok_s seconds peak_gb").split()
+    promised = ("score accuracy length headings cut_off unread zero_groups unsolved entropy kl ratio_gap "
+                "clip_share grad_norm lr sample_tok_s judge_tok_s train_tok_s seconds peak_gb").split()
     assert all(isinstance(m[name], float) for m in steps for name in promised)
-    records = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().split("\n")[:-1]]
     assert len(records) == 6 * 12
     assert {"step", "problem", "text", "grades", "advantage", "correct", "judge"} <= set(records[0])
     assert [p.name for p in exprl.complete_checkpoints(run)] == ["step_4", "step_6"]  # --keep 2
-    assert "pass@1" in done.stdout and "before" in done.stdout and f"run: {run}" in done.stdout and "next:" in done.stdout
-    assert "grade" in done.stdout
+    assert "pass@1" in done.stdout and "before" in done.stdout and f"run: {run}" in done.stdout
+    assert "next:" in done.stdout and "grade" in done.stdout
     from transformers import AutoModelForCausalLM
     loaded = AutoModelForCausalLM.from_pretrained(run / "model")
     trained = load_file(run / "checkpoints" / "step_6" / "model.safetensors")
@@ -327,10 +337,12 @@ def test_resume_is_exact(world, whole, tmp_path):
 def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
     """kill -9 at three random moments: the run still ends where the undisturbed one ended."""
     rng, run = random.Random(time.time_ns()), tmp_path / "killed"
-    command = [sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6", "--out", str(run)]
+    command = [sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6",
+               "--out", str(run)]
     kills = 0
     while kills < 3:
-        process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         deadline = time.time() + 120
         while not (run / "metrics.jsonl").exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.05)
@@ -347,8 +359,9 @@ def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit_cleanly(world, whole, tmp_path, number):
     run = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6", "--save-every",
-                                "0", "--out", str(run)], cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6",
+                                "--save-every", "0", "--out", str(run)],
+                               cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and '"score"' in (run / "metrics.jsonl").read_text():
@@ -405,8 +418,9 @@ def test_resume_refuses_another_run(world, whole, tmp_path):
 
 
 def test_grpo_needs_no_judge(world, tmp_path):
-    done = tiny.run("exprl.py", *world[1], "--method", "grpo", "--judge", "/nowhere/at/all", "--steps", 1, "--out", tmp_path / "g")
-    line = json.loads((tmp_path / "g" / "metrics.jsonl").read_text().splitlines()[0])
+    done = tiny.run("exprl.py", *world[1], "--method", "grpo", "--judge", "/nowhere/at/all", "--steps", 1,
+                    "--out", tmp_path / "g")
+    line = json.loads((tmp_path / "g" / "metrics.jsonl").read_text().split("\n")[:-1][0])
     assert line["score"] is None and line["judge_tok_s"] is None and "no judge" in done.stdout
 
 

@@ -45,7 +45,8 @@ def test_a_question_cannot_either(judge):
     shared, own = judge.prompt(problem, "work")
     text = judge.tokenizer.decode(shared + own)
     assert text.count("</problem>") == text.count("</reference>") == text.count("</trace>") == 1
-    assert sum(token >= 256 for token in shared + own) == sum(token >= 256 for piece in judge.fixed for token in piece)
+    assert (sum(token >= 256 for token in shared + own)
+            == sum(token >= 256 for piece in judge.fixed for token in piece))
 
 
 def test_order_is_rubric_question_reference_trace(judge):
@@ -92,10 +93,10 @@ def test_readouts(readout):
 
 
 @pytest.mark.parametrize("reply, grade", [
-    ("Score: 4", 4), ("Score: [4]", 4), ("**Score:** 3.", 3), ("Score: 4.5", 4.5), ("score = 2", 2), ("Score: 2/5", 2),
-    ("Score: 1\nOn reflection:\nScore: 5", 5), ("Score: \\boxed{3}", 3),
-    ("Score: 0", None), ("Score: 6", None), ("Score: -3", None), ("Score: 10", None), ("no grade", None), ("", None),
-    ("Score: " + "9" * 5000, None), ("Score: five", None),
+    ("Score: 4", 4), ("Score: [4]", 4), ("**Score:** 3.", 3), ("Score: 4.5", 4.5), ("score = 2", 2),
+    ("Score: 2/5", 2), ("Score: 1\nOn reflection:\nScore: 5", 5), ("Score: \\boxed{3}", 3),
+    ("Score: 0", None), ("Score: 6", None), ("Score: -3", None), ("Score: 10", None), ("no grade", None),
+    ("", None), ("Score: " + "9" * 5000, None), ("Score: five", None),
 ])
 def test_replies_are_read_last_and_range_checked(reply, grade):
     assert read_grade(reply) == grade if grade else math.isnan(read_grade(reply))
@@ -120,7 +121,8 @@ def test_unfit_judges_are_refused_with_a_reason():
     with pytest.raises(SystemExit, match="no single token"):
         Judge(tiny.model(), WideDigits())
     with pytest.raises(SystemExit, match="in this order"):
-        Judge(tiny.model(), tiny.tokenizer(), {"user": "{trace}{question}{reference}", "system": {"outcome": "r"}})
+        Judge(tiny.model(), tiny.tokenizer(),
+              {"user": "{trace}{question}{reference}", "system": {"outcome": "r"}})
     with pytest.raises(SystemExit, match="unknown readout"):
         Judge(tiny.model(), tiny.tokenizer(), readout="guess")
 
@@ -161,7 +163,8 @@ def test_calibration_tells_a_judge_that_uses_the_reference():
     records = [{"problem": p.id, "text": f"so w{i if k else 99}w", "correct": bool(k)}
                for i, p in enumerate(problems) for k in (0, 1)]
     right = calibrate(Stand(), problems, records, "right")
-    assert right["auroc"] == 1 and right["misplace"] == 0 and right["grade_correct"] == 5 and right["unread"] == 0
+    assert right["auroc"] == 1 and right["misplace"] == 0
+    assert right["grade_correct"] == 5 and right["unread"] == 0
     for condition in ("none", "wrong"):
         assert calibrate(Stand(), problems, records, condition)["auroc"] == 0.5
 
@@ -169,9 +172,11 @@ def test_calibration_tells_a_judge_that_uses_the_reference():
 def test_program(tmp_path):
     folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 4)
     traces = tmp_path / "t.jsonl"
-    traces.write_text("".join(json.dumps({"problem": f"p/{row}", "text": f"work {i}", "correct": i == 0}) + "\n"
-                              for row in ids_of(data) for i in range(2)))
-    done = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, "--out", tmp_path / "o.json")
+    traces.write_text("".join(
+        json.dumps({"problem": f"p/{row}", "text": f"work {i}", "correct": i == 0}) + "\n"
+        for row in ids_of(data) for i in range(2)))
+    done = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces,
+                    "--out", tmp_path / "o.json")
     table = json.loads((tmp_path / "o.json").read_text())
     assert [row["condition"] for row in table] == ["right", "none", "wrong"] and "AUROC" in done.stdout
     traces.write_text('{"problem": "elsewhere", "text": "", "correct": true}\n')

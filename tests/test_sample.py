@@ -1,4 +1,4 @@
-"""The sampler against transformers: greedy tokens, teacher-forced log-probs, the sampled distribution, refill, limits."""
+"""The sampler against transformers: greedy tokens, teacher-forced log-probs, distribution, refill, limits."""
 
 import json
 import os
@@ -68,12 +68,14 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_shared_prefixes_change_nothing():
     net = tiny.model(seed=3)
     head, other = list(range(40)), list(range(60, 75))
-    prompts = [head + p for p in random_prompts(5, 20)] + [other + p for p in random_prompts(4, 20, seed=9)] + [[1, 2]]
+    prompts = ([head + p for p in random_prompts(5, 20)] + [other + p for p in random_prompts(4, 20, seed=9)]
+               + [[1, 2]])
     shared = [len(head)] * 5 + [len(other)] * 4 + [0]
     plain = Sampler(net, max_rows=4).sample(prompts, 2, 20, seed=1)
     for prefill_tokens in (1, 30, 8192):
         sampler = Sampler(net, max_rows=4, prefill_tokens=prefill_tokens)
-        assert [r.token_ids for r in sampler.sample(prompts, 2, 20, seed=1, shared=shared)] == [r.token_ids for r in plain]
+        assert ([r.token_ids for r in sampler.sample(prompts, 2, 20, seed=1, shared=shared)]
+                == [r.token_ids for r in plain])
         logits = sampler.next_logits(prompts, [3, 1, 250], shared=shared)
         with torch.no_grad():
             expected = torch.stack([net(torch.tensor([p])).logits[0, -1, [3, 1, 250]] for p in prompts])
@@ -81,14 +83,15 @@ def test_shared_prefixes_change_nothing():
 
 
 def test_sampled_tokens_follow_the_distribution():
-    """Chi-square over the first token: 20,000 draws, 260 tokens pooled into bins of at least 20 expected draws."""
+    """Chi-square over the first token: 20,000 draws, 260 tokens in bins of at least 20 expected draws."""
     net, draws = tiny.model(seed=4), 20_000
     rollouts = Sampler(net, max_rows=1000).sample([[5, 6, 7]], draws, 1, temperature=1.3, seed=11)
     with torch.no_grad():
         p = (net(torch.tensor([[5, 6, 7]])).logits[0, -1].double() / 1.3).softmax(-1)
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=260).double()
     big = p * draws >= 20
-    observed, expected = torch.cat([counts[big], counts[~big].sum()[None]]), torch.cat([p[big], p[~big].sum()[None]]) * draws
+    observed = torch.cat([counts[big], counts[~big].sum()[None]])
+    expected = torch.cat([p[big], p[~big].sum()[None]]) * draws
     statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations
 
@@ -134,7 +137,8 @@ def test_attention_is_restored_even_after_an_error():
     net = tiny.model()
     before = net.config._attn_implementation
     with pytest.raises(RuntimeError, match="stop"):
-        Sampler(net).sample([[1]] * 3, max_new_tokens=3, progress=lambda n: (_ for _ in ()).throw(RuntimeError("stop")))
+        Sampler(net).sample([[1]] * 3, max_new_tokens=3,
+                            progress=lambda n: (_ for _ in ()).throw(RuntimeError("stop")))
     assert net.config._attn_implementation == before
     assert generate(net, [1, 2, 3], 5)
 
@@ -159,7 +163,8 @@ def test_model_names(tmp_path, capsys):
 def test_other_architectures_are_refused(tmp_path):
     folder = tiny.save(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention", "sliding_attention"]}))
+    (folder / "config.json").write_text(json.dumps(
+        config | {"layer_types": ["full_attention", "sliding_attention"]}))
     with pytest.raises(SystemExit, match="sliding_attention"):
         load_lm(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
@@ -172,7 +177,7 @@ def test_other_architectures_are_refused(tmp_path):
 
 
 def test_hub_model_from_a_local_cache(tmp_path):
-    """The hub's own cache layout, read offline by the real code: models--owner--name/{refs,snapshots,blobs}."""
+    """The hub's own cache layout, read offline by real code: models--owner--name/{refs,snapshots,blobs}."""
     commit = "0" * 40
     repo = tmp_path / "hub" / "models--Qwen--Qwen2.5-Tiny"
     tiny.save(repo / "snapshots" / commit)
@@ -182,19 +187,20 @@ def test_hub_model_from_a_local_cache(tmp_path):
     done = tiny.run("sample.py", "--model", "Qwen2.5-Tiny", "--data", data, "--n", 2, "--max-new-tokens", 4,
                     env={"HF_HOME": str(tmp_path)})
     assert "model Qwen2.5-Tiny -> Qwen/Qwen2.5-Tiny" in done.stderr and "pass@2" in done.stdout
-    missing = tiny.run("sample.py", "--model", "Qwen2.5-Absent", "--data", data, check=False, env={"HF_HOME": str(tmp_path)})
+    missing = tiny.run("sample.py", "--model", "Qwen2.5-Absent", "--data", data, check=False,
+                       env={"HF_HOME": str(tmp_path)})
     assert missing.returncode and "HF_HOME" in missing.stderr and "Traceback" not in missing.stderr
 
 
 def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
     folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 5)
-    done = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 4, "--limit", 3, "--max-new-tokens", 8,
-                    "--out", tmp_path / "t.jsonl", "--seed", 2)
-    records = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    done = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 4, "--limit", 3,
+                    "--max-new-tokens", 8, "--out", tmp_path / "t.jsonl", "--seed", 2)
+    records = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().split("\n")[:-1]]
     assert len(records) == 12 and {"problem", "text", "correct", "finished", "tokens"} <= set(records[0])
     assert "pass@1" in done.stdout and "pass@4" in done.stdout and "95% interval" in done.stdout
-    again = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 4, "--limit", 3, "--max-new-tokens", 8,
-                     "--out", tmp_path / "u.jsonl", "--seed", 2)
+    again = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 4, "--limit", 3,
+                     "--max-new-tokens", 8, "--out", tmp_path / "u.jsonl", "--seed", 2)
     assert (tmp_path / "u.jsonl").read_text() == (tmp_path / "t.jsonl").read_text() and again.stdout
     bad = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 2, "--k", 4, check=False)
     assert bad.returncode and "--k" in bad.stderr
@@ -203,12 +209,13 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["smollm", "qwen"])
 def test_real_models_greedy_and_logprobs(name):
-    """SmolLM2-135M and Qwen2.5-0.5B, fp32: greedy equals generate for 64 tokens, log-probs teacher forcing to 1e-4."""
+    """SmolLM2-135M, Qwen2.5-0.5B, fp32: 64 greedy tokens as generate, log-probs teacher forcing to 1e-4."""
     home = os.environ.get("EXPRL_REAL_MODELS")
     if not home or not (Path(home) / name).is_dir():
         pytest.skip("EXPRL_REAL_MODELS names no folder with real models")
     lm = load_lm(str(Path(home) / name))
-    questions = ["What is 17 * 23?", "Tom has 3 boxes of 12 eggs and drops 5 eggs. How many are whole?", "Hi " * 60]
+    questions = ["What is 17 * 23?", "Tom has 3 boxes of 12 eggs and drops 5 eggs. How many are whole?",
+                 "Hi " * 60]
     prompts = [lm.chat(q) for q in questions]
     for prompt, rollout in zip(prompts, Sampler(lm.model, max_rows=2).sample(prompts, 1, 64, temperature=0)):
         assert list(rollout.token_ids) == generate(lm.model, prompt, 64)

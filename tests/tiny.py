@@ -1,4 +1,4 @@
-"""Tiny random checkpoints for tests: a byte-level tokenizer (any text, digits are single tokens) and 2-layer models."""
+"""Tiny random checkpoints for tests: a byte-level tokenizer (digits are single tokens) and 2-layer models."""
 
 import json
 import os
@@ -42,9 +42,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(family: str = "qwen2", seed: int = 0, spread: float = 0.2, context: int = 4096, **config):
     torch.manual_seed(seed)
     make_config, make_model = FAMILIES[family]
-    defaults = dict(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    head_dim=8, intermediate_size=64, max_position_embeddings=context, initializer_range=spread,
-                    eos_token_id=256, pad_token_id=256, tie_word_embeddings=True)
+    defaults = dict(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=8, intermediate_size=64, max_position_embeddings=context,
+                    initializer_range=spread, eos_token_id=256, pad_token_id=256, tie_word_embeddings=True)
     net = make_model(make_config(**(defaults | config))).eval()
     net.generation_config.eos_token_id = 256
     return net
@@ -57,16 +57,17 @@ def save(folder: Path, **arguments) -> Path:
 
 
 def problems_file(path: Path, rows: int = 12) -> Path:
-    lines = [{"question": f"What is {i} + {i}?", "solution": f"REF{i}: twice {i} is \\boxed{{{2 * i}}}", "answer": str(2 * i),
-              "domain": "math"} for i in range(rows)]
+    lines = [{"question": f"What is {i} + {i}?", "solution": f"REF{i}: twice {i} is \\boxed{{{2 * i}}}",
+              "answer": str(2 * i), "domain": "math"} for i in range(rows)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def run(*command, check=True, env=None, **kwargs) -> subprocess.CompletedProcess:
-    """A program of the project as a real subprocess, from the repository's root, on one thread and without a network."""
+    """A program of the project as a real subprocess, from the repository's root, on one thread, offline."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"} | (env or {})
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True,
+                          text=True, **kwargs)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done

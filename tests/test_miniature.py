@@ -1,0 +1,242 @@
+"""The embedded miniature: task, language, rubric, and the two shipped models. About 25 s on one core."""
+
+import json
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import is_correct, load_problems
+from data import miniature as mini
+from judge import Judge
+from sample import Sampler, load_lm
+
+FOLDER = Path(mini.FOLDER)
+
+
+def solve(question: str) -> dict[str, int]:
+    """All values of a question, computed without the module under test."""
+    values: dict[str, int] = {}
+    for name, right in re.findall(r"([a-z])[=:]([^;?]+)", question):
+        values[name] = eval(re.sub(r"\b0(\d)", r"\1", right), {}, values) % 100
+    return values
+
+
+def example(**kwargs):
+    """A problem by hand: c = 7, d = 10, e = 30, and a box of 10 30."""
+    return SimpleNamespace(question="a=04; b=10; c:a+3; d:c+3; e:b*3? d e", solution="1) c=07\n2) e=30\n\\boxed{1030}",
+                           answer="1030", **kwargs)
+
+
+STEP_C, STEP_D, STEP_E = "### c\na=04+3 c=07\n", "### d\nc=07+3 d=10\n", "### e\nb=10*3 e=30\n"
+RIGHT = STEP_C + STEP_D + STEP_E + "d=10 e=30\n\\boxed{1030}"
+
+
+# ---- task ----
+
+
+@pytest.mark.parametrize("depths", [(1,), (2, 4), mini.HARD, mini.DEEP])
+def test_answers_and_references_hold(depths):
+    rng = random.Random(1)
+    for _ in range(200):
+        problem = mini.make_problem(rng, depths)
+        values = solve(problem.question)
+        assert problem.answer == "".join(f"{values[n]:02d}" for n in problem.question.split("? ")[1].split())
+        checks = mini.CHECK.findall(problem.solution)
+        assert 1 <= len(checks) <= mini.MAX_CHECKS and all(int(v) == values[n] for n, v in checks)
+        assert is_correct(problem.solution, problem.answer)
+        for name, source in re.findall(r"([a-z]):([a-z])", problem.question):
+            assert values[name] != values[source]  # so that a skipped step is always wrong
+        right = mini.work(rng, problem.question, errors=0)
+        assert mini.worked(problem, right) and is_correct(right, problem.answer)
+
+
+def test_one_wrong_step_never_ends_in_the_right_answer():
+    rng = random.Random(2)
+    for _ in range(300):
+        problem = mini.make_problem(rng)
+        text = mini.work(rng, problem.question, forced={rng.randrange(10): "skip"})
+        assert not mini.worked(problem, text) and not is_correct(text, problem.answer)
+
+
+def test_habits_strike_as_often_as_stated():
+    rng, steps, right = random.Random(3), 0, 0
+    for _ in range(500):
+        problem = mini.make_problem(rng, (1, 1, 1))
+        for name, source, value, op, operand, _, result in mini.STEP.findall(mini.work(rng, problem.question)):
+            due = re.search(rf"{name}:([a-z])", problem.question)[1]
+            literal = {n: v for n, v in re.findall(r"([a-z])=(\d\d)", problem.question)}
+            steps += 1
+            right += source == due and f"{mini.compute(int(literal[due]), op, int(operand)):02d}" == result
+    share = 1 - sum(mini.HABITS.values()) + mini.HABITS["stop"]  # a stop leaves no step
+    assert abs(right / steps - share) < 0.05
+
+
+def test_worked_needs_every_step():
+    problem = example()
+    assert mini.worked(problem, RIGHT)
+    assert mini.worked(problem, STEP_E + RIGHT.replace(STEP_E, ""))  # another valid order
+    assert not mini.worked(problem, RIGHT.replace(STEP_D, ""))  # a step missing
+    assert not mini.worked(problem, RIGHT.replace("c=07", "c=08"))  # a wrong value on the way
+    assert not mini.worked(problem, RIGHT.replace("### d", "### q"))  # a wrong heading
+    assert not mini.worked(problem, RIGHT.replace("1030", "3010"))
+    assert not mini.worked(problem, RIGHT.replace("d=10 e=30\n", ""))
+    assert not mini.worked(problem, "\\boxed{1030}") and not mini.worked(problem, "")
+
+
+def test_shipped_splits_share_no_question_and_are_remade_from_the_seed(tmp_path, monkeypatch):
+    shipped = {split: (FOLDER / f"{split}.jsonl").read_text() for split in mini.SPLITS}
+    questions = [json.loads(line)["question"] for text in shipped.values() for line in text.splitlines()]
+    assert len(questions) == len(set(questions)) == sum(count for count, _ in mini.SPLITS.values())
+    monkeypatch.setattr(mini, "FOLDER", tmp_path)
+    mini.make_data(seed=0)
+    for split, text in shipped.items():
+        assert (tmp_path / f"{split}.jsonl").read_text() == text
+        assert len(load_problems(str(tmp_path / f"{split}.jsonl"))) == mini.SPLITS[split][0]
+
+
+# ---- language ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return mini.make_tokenizer()
+
+
+@settings(max_examples=200, deadline=None)
+@given(words=st.lists(st.sampled_from(mini.WORDS), max_size=60))
+def test_its_own_language_survives_the_round_trip(tokenizer, words):
+    text = "".join(words)
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert tokenizer.decode(ids) == text and ids == mini.encode(text)
+    assert tokenizer.unk_token_id not in ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40) | st.sampled_from(["<|trace|>", "<|end|>x<|system|>", "Score: 5", "\\boxed{١}"]))
+def test_any_text_is_encoded_and_special_tokens_in_it_are_not_recognised(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert ids == mini.encode(text)
+    assert not set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+
+
+def test_chat_template_and_segments(tokenizer):
+    """A prompt encoded whole equals its pieces encoded one by one: the judge quotes contents apart from its own text."""
+    problem = mini.make_problem(random.Random(4))
+    for messages in ([{"role": "user", "content": problem.question}],
+                     [{"role": "system", "content": ""}, {"role": "user", "content": problem.question}]):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == [mini.ID["<|user|>"], *mini.encode(problem.question), mini.ID["<|end|>"], mini.ID["<|assistant|>"]]
+    user = mini.JUDGE_PROMPTS["user"].format(question=problem.question, reference=problem.solution, trace=RIGHT)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "system", "content": mini.JUDGE_PROMPTS["system"]["outcome"]}, {"role": "user", "content": user}],
+        add_generation_prompt=True, return_dict=False)
+    judge = Judge(torch_model(), tokenizer, mini.JUDGE_PROMPTS)
+    shared, own = judge.prompt(SimpleNamespace(**problem._asdict()), RIGHT)
+    assert whole == shared + own
+
+
+def test_training_rows_are_the_prompts_that_the_judge_builds(tokenizer):
+    judge = Judge(torch_model(), tokenizer, mini.JUDGE_PROMPTS)
+    for seed in range(30):
+        rng = random.Random(seed)
+        problem = mini.make_problem(rng)
+        trace = mini.some_trace(rng, problem)
+        ids, targets, weights = mini.judge_prompt("outcome", problem.question, problem.solution, trace)
+        shared, own = judge.prompt(SimpleNamespace(**problem._asdict()), trace)
+        assert ids == shared + own + judge.stem
+        assert targets[-1] == judge.digit_ids[mini.outcome_grade(problem.solution, trace) - 1] and weights[-1] > 0
+
+
+def torch_model():
+    torch.manual_seed(0)
+    return mini.make_model(16, 1, 1, 16)
+
+
+# ---- rubric ----
+
+
+@pytest.mark.parametrize(("trace", "outcome", "prefix"), [
+    (RIGHT, 5, 5),
+    (RIGHT.replace("\\boxed{1030}", ""), 4, 5),  # not boxed yet
+    (RIGHT.replace("1030", "1031"), 4, 4),  # a wrong box
+    (RIGHT.replace("c=07", "c=08"), 2, 4),  # one of two checkpoints, box right
+    (STEP_C, 2, 5),
+    (STEP_C.replace("7", "8"), 1, 4),
+    ("### c\na=04+3 c=08\n### e\nb=10*3 e=31\n\\boxed{0000}", 1, 2),
+    (STEP_C + "\\boxed{0710}", 2, 3),  # stopped early: a wrong box, a checkpoint missing
+    (RIGHT + " c=08", 2, 4),  # stated twice, differently: does not count
+    ("\\boxed{1030}", 1, 3),
+    ("", 1, 5),
+])
+def test_rubric_by_hand(trace, outcome, prefix):
+    assert mini.outcome_grade(example().solution, trace) == outcome
+    assert mini.prefix_grade(example().solution, trace) == prefix
+    assert mini.outcome_grade("", trace) == mini.prefix_grade("", trace) == 1
+
+
+# ---- the shipped models ----
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_lm(str(FOLDER / "policy"))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    lm = load_lm(str(FOLDER / "judge"))
+    return Judge(lm.model, lm.tokenizer, lm.prompts)
+
+
+def test_folders_hold_what_the_generator_says(policy, judge, tokenizer):
+    assert policy.prompts == mini.POLICY_PROMPTS
+    assert json.loads((FOLDER / "judge/prompts.json").read_text()) == mini.JUDGE_PROMPTS
+    for tok in (policy.tokenizer, judge.tokenizer):
+        assert tok.get_vocab() == tokenizer.get_vocab() and tok.chat_template == tokenizer.chat_template
+
+
+def test_policy_knows_but_fails(policy):
+    """Greedy it is nearly always right; sampled it rarely is: bad habits, not gaps in skill."""
+    problems = load_problems(str(FOLDER / "dev.jsonl"))[:40]
+    prompts = [policy.chat(p.question) for p in problems]
+    for temperature, low, high in ((0.0, 0.6, 1.0), (1.0, 0.0, 0.1)):
+        rollouts = Sampler(policy.model).sample(prompts, 1, 160, temperature, seed=0)
+        assert all(r.finished for r in rollouts)
+        right = sum(mini.worked(p, policy.text(r.token_ids)) for p, r in zip(problems, rollouts)) / len(problems)
+        assert low <= right <= high
+
+
+def test_judge_grades_by_hand(judge):
+    rng = random.Random(5)
+    problems = [mini.make_problem(rng, mini.HARD) for _ in range(20)]
+
+    def mean_grade(trace_of, problems=problems, other=None):
+        asked = [SimpleNamespace(**(other or p)._asdict()) for p in problems]
+        verdicts = judge.grade(asked, [trace_of(p) for p in problems])
+        return 1 + 4 * sum(v.grades[0] for v in verdicts) / len(verdicts)
+
+    def right(p):
+        return mini.work(rng, p.question, 0)
+
+    def half(p):
+        return "".join(mini.ONE_STEP.findall(right(p))[:5])
+
+    def stopped(p):
+        return mini.work(rng, p.question, forced={1: "stop"})
+
+    assert mean_grade(right) > 4.7
+    assert mean_grade(right, [mini.make_problem(rng, mini.DEEP) for _ in range(20)]) > 4.7  # the longest traces
+    assert mean_grade(right, other=mini.make_problem(rng)) < 2  # a wrong reference
+    assert mean_grade(lambda p: "") < 1.3
+    assert mean_grade(lambda p: mini.box(p.answer)) < 1.5  # no work
+    assert mean_grade(lambda p: p.question) < 1.5
+    assert 1.5 < mean_grade(half) < 4
+    assert mean_grade(stopped) < 2.2
+    assert mean_grade(lambda p: mini.work(rng, p.question, 3)) < 2.2
+    assert mean_grade(lambda p: right(p).replace(mini.box(p.answer), mini.box("000000"))) < 4.4  # a wrong box
