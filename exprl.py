@@ -32,7 +32,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -444,6 +444,8 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     target = run / "checkpoints" / f"step_{state.step}"
     if target.exists():
         return
+    state.phase = "saving"
+    state.interrupts.defer()  # a signal waits for the save it asks for
     tmp = target.with_name(target.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -458,6 +460,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     publish(tmp, target)
     for old in complete_checkpoints(run)[: -settings.keep]:
         shutil.rmtree(old)
+    state.interrupts.allow()
 
 
 def publish(tmp: Path, target: Path) -> None:
@@ -574,7 +577,6 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 if state.held_out and due and state.step not in evaluated:
                     evaluation(state, settings, run, bar)
                 if state.step and (last or settings.save_every and state.step % settings.save_every == 0):
-                    state.phase = "saving"
                     save_checkpoint(state, run, settings)
                 if last:
                     break
@@ -591,8 +593,8 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
         except BaseException as error:
             if isinstance(error, Stop) and error.records:
                 append(rollouts_file, error.records)
-            if state.step and not state.interrupts.deferred and state.phase != "saving":
-                save_checkpoint(state, run, settings)  # the weights are those of the last completed step
+            if state.step and not state.interrupts.deferred:  # the weights are those of the last completed step
+                save_checkpoint(state, run, settings)
             raise
 
 

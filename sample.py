@@ -34,7 +34,8 @@ from tqdm import tqdm
 # transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours meanwhile.
 _ours = sys.modules.pop("kernels", None)
 sys.modules["kernels"] = None
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 del sys.modules["kernels"]
@@ -138,7 +139,8 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_architecture(path, config)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # tokenizer.json as it stands: AutoTokenizer would rebuild every Qwen2 tokenizer with Qwen's own word split
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             attn_implementation="sdpa",
@@ -573,7 +575,8 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
 def too_long(lm: LM, problems: list[Problem], limit: int) -> list[Problem]:
     """Problems whose prompt has more than `limit` tokens: reported by the caller, never cut."""
-    return [p for p in problems if len(lm.chat(p.question)) > limit]
+    room = limit - len(lm.chat(""))  # a token has at least one byte: most questions need no tokenizing
+    return [p for p in problems if len(p.question.encode()) > room and len(lm.chat(p.question)) > limit]
 
 
 def write_atomically(path: Path, text: str) -> None:

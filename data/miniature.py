@@ -35,9 +35,9 @@ import torch.nn.functional as F
 FOLDER = Path(__file__).resolve().parent / "miniature"
 NAMES = "abcdefghijklmnopqrstuvwxyz"
 HARD, DEEP = (3, 3, 4), (4, 4, 5)  # operations per chain: train, dev and eval; the deep split
-MAX_CHECKS = 8  # checkpoints of a reference, and slots of the judge's stem
-POLICY_SHAPE, POLICY_TOKENS = (96, 4, 3, 256), 5e6  # (hidden size, layers, heads, inner size), tokens of training
-JUDGE_SHAPE, JUDGE_TOKENS = (96, 5, 3, 256), 6e6
+MAX_CHECKS = 8  # checkpoints of a reference
+POLICY_SHAPE, POLICY_TOKENS = (96, 4, 3, 256), 4e6  # (hidden size, layers, heads, inner size), tokens of training
+JUDGE_SHAPE, JUDGE_TOKENS = (128, 4, 4, 192), 3e6
 SPLITS = {"train": (1000, HARD), "dev": (200, HARD), "eval": (200, HARD), "deep": (200, DEEP)}
 
 # What the base does wrong, each with its probability per step: copy the source's value instead of computing, take
@@ -79,7 +79,7 @@ def make_problem(rng: random.Random, depths=HARD) -> Row:
         source, name = last[chain], names.pop()
         while name not in values or values[name] == values[source]:
             op = rng.choice("+-*")
-            operand = rng.choice((3, 7)) if op == "*" else rng.randint(1, 9)
+            operand = 3 if op == "*" else rng.randint(1, 5)
             values[name] = compute(values[source], op, operand)
         question.append(f"{name}:{source}{op}{operand}")
         last[chain] = name
@@ -201,35 +201,33 @@ WORDS = ["### ", "\n", "\\boxed{", "}", "; ", "? ", " ", ")", ":", "+", "-", "*"
          "box ", "grade ", "match", "wrong", "all", "no", *(f"{i}) " for i in range(1, MAX_CHECKS + 1)),
          *NAMES, *(f"{name}=" for name in NAMES), *"0123456789", *(f"{i:02d}" for i in range(100))]
 ID = {word: i for i, word in enumerate(SPECIAL + WORDS)}
-PIECES = "|".join(re.escape(word) for word in sorted(WORDS, key=len, reverse=True)) + r"|[\s\S]"
-SPLIT = re.compile(PIECES)
+SPLIT = re.compile("|".join(re.escape(word) for word in sorted(WORDS, key=len, reverse=True)))
 CHAT = ("{% for m in messages %}{% if m['content'] %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 POLICY_PROMPTS = {"system": "", "distill": "{question}\nreference {reference}"}
 JUDGE_PROMPTS = {
-    "readout": "expected",
+    "readout": "critique",
     "system": {"outcome": "outcome grade 5 all match 1 no match", "prefix": "prefix grade 5 no wrong 1 all wrong"},
     "user": "{question}<|reference|>{reference}<|trace|>{trace}<|trace|>",
-    "stem": "".join(f"{i}) " for i in range(1, MAX_CHECKS + 1)) + "box grade ",
+    "stem": "grade ",
     "no_reference": "",
+    "critique_tokens": 6 * MAX_CHECKS + 3,  # six tokens a checkpoint, two for the box, the end token
 }
 
 
 def encode(text: str) -> list[int]:
     """What the tokenizer gives for text of others (special tokens not recognised), without loading it."""
-    return [ID.get(piece, ID["<|unk|>"]) for piece in SPLIT.findall(text)]
+    return [ID[piece] for piece in SPLIT.findall(text)]
 
 
 def make_tokenizer():
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """transformers loads any folder of a Qwen2 model with this class and its splitting rules, whatever the folder says.
+    So every word is an added token: those are found first, the longest at each place. Other text is dropped."""
+    from transformers import AddedToken, Qwen2Tokenizer
 
-    words = Tokenizer(models.WordLevel(ID, unk_token="<|unk|>"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
-    words.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
-        extra_special_tokens=SPECIAL[3:], clean_up_tokenization_spaces=False, model_max_length=512)
+    tokenizer = Qwen2Tokenizer(vocab=ID, merges=[], pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
+                               extra_special_tokens=SPECIAL[3:], model_max_length=512)
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -336,37 +334,43 @@ def some_reference(rng: random.Random, problem: Row, kind: str | None = None) ->
     return problem.solution
 
 
-def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[list, list, list]:
-    """A judge's prompt with dense supervision: beside the grade, the mark of every value stated in the trace and of
-    every slot of the stem are targets of the same head. Nobody asks it to predict the trace."""
-    ids = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"], *encode(question),
-           ID["<|reference|>"], *encode(solution), ID["<|trace|>"]]
+def critique(solution: str, trace: str) -> str:
+    """What the judge is to write before it grades: per checkpoint its number, name, the reference's value, the value
+    that the trace states (one that differs, if any does; ? if none) and a sign; then a sign for the box."""
     checks, boxed = marks(solution, trace)
-    reference, boxes = dict(CHECK.findall(solution)), BOX.findall(solution)
-    said = {m.end(): "+" if m[1] in boxes else "-" for m in BOX.finditer(trace)}
-    for m in STATEMENT.finditer(trace):
-        said[m.end()] = " " if m[1] not in reference else "+" if m[2] == reference[m[1]] else "-"
-    target, end = {}, 0  # position -> (word, weight)
-    for position, piece in enumerate(SPLIT.findall(trace), len(ids)):
-        end += len(piece)
-        if end in said:
-            target[position] = (said[end], 0.5)
-    ids += encode(trace) + [ID["<|trace|>"], ID["<|end|>"], ID["<|assistant|>"], *encode(JUDGE_PROMPTS["stem"])]
-    for slot, mark in enumerate([*checks, *" " * (MAX_CHECKS - len(checks)), boxed]):
-        target[len(ids) - 2 - MAX_CHECKS + slot] = (mark, 0.5 if mark == " " else 1.0)
-    target[len(ids) - 1] = (str(GRADES[view](solution, trace)), 3.0)
-    return (ids, [ID[target[t][0]] if t in target else 0 for t in range(len(ids))],
-            [target[t][1] if t in target else 0.0 for t in range(len(ids))])
+    stated: dict[str, list] = {}
+    for name, value in STATEMENT.findall(trace):
+        stated.setdefault(name, []).append(value)
+    text = ""
+    for i, ((name, value), mark) in enumerate(zip(CHECK.findall(solution), checks), 1):
+        said = next((v for v in stated.get(name, "?") if v != value), value)
+        text += f"{i}) {name}={value}:{said}{'+' if mark == '+' else '-'}\n"
+    return text + "box " + ("+" if boxed == "+" else "-")
+
+
+def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[list, list, list]:
+    """A judge's whole exchange: its prompt (no loss), its critique and end token, then stem and grade."""
+    ids = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"], *encode(question),
+           ID["<|reference|>"], *encode(solution), ID["<|trace|>"], *encode(trace), ID["<|trace|>"], ID["<|end|>"],
+           ID["<|assistant|>"]]
+    written = encode(critique(solution, trace))
+    grade = ID[str(GRADES[view](solution, trace))]
+    stem = encode(JUDGE_PROMPTS["stem"])
+    targets = [0] * (len(ids) - 1) + written + [ID["<|end|>"]] + [0] * (len(stem) - 1) + [grade]
+    judged = [3.0 if token in (ID["+"], ID["-"]) else 2.0 if before == ID[":"] else 1.0  # the rest is copying
+              for before, token in zip([0, *written], written)]
+    weights = [0.0] * (len(ids) - 1) + judged + [0.3] + [0.0] * (len(stem) - 1) + [3.0]
+    return ids + written + stem, targets, weights
 
 
 def judge_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
     """Short problems first. Half of the rows leave out the question, which decides nothing: that is faster."""
-    hard = rng.random() < min(0.8, 3 * progress - 0.3)
+    hard = rng.random() < min(0.8, 3 * progress)
     problem = make_problem(rng, rng.choice((HARD, HARD, DEEP)) if hard else easy(rng))
     trace = some_trace(rng, problem)
     if rng.random() < 0.3:
         trace = trace.rstrip("\n")
-    view = rng.choice(("outcome", "outcome", "prefix"))
+    view = rng.choice(("outcome", "outcome", "outcome", "prefix"))
     return judge_prompt(view, rng.choice(("", problem.question)), some_reference(rng, problem), trace)
 
 
@@ -381,11 +385,99 @@ def make_model(hidden: int, layers: int, heads: int, inner: int):
         vocab_size=len(ID), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=inner, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=ID["<|end|>"], pad_token_id=ID["<|pad|>"], initializer_range=0.04,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
-    with torch.no_grad():  # a value starts as the sum of a tens and a units vector: arithmetic comes sooner
-        tens, units = torch.randn(2, 10, hidden) * 0.03
-        for value in range(100):
-            model.model.embed_tokens.weight[ID[f"{value:02d}"]] += tens[value // 10] + units[value % 10]
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7}))
+    for layer in model.model.layers:  # a layer starts as the identity, so that it does not drown what others pass on
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+# A head start. Looking up what followed a token (an induction head, Olsson et al. 2022, arXiv 2209.11895) takes two
+# attention layers that help only once both are there; small models find it late, and ours had not after 3 million
+# tokens. So training starts with such heads in place, set by hand, and is free to change or drop them.
+# A token's code is the first CODE dims of its embedding; the last dims of the residual stream are kept free for the
+# codes of the tokens one (BACK1), two (BACK2) and, in the judge, six (LINE) back.
+CODE = 14
+BACK1, BACK2, LINE = -CODE, -2 * CODE, -3 * CODE
+
+
+def span(start: int, size: int, hidden: int) -> torch.Tensor:
+    return (start if start >= 0 else hidden + start) + torch.arange(size)
+
+
+@torch.no_grad()
+def look_back(model, head: int, offset: int, to: int) -> None:
+    """Layer 0: attend to the token `offset` back, by position alone, and write its code to dims `to`."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    dim = config.hidden_size // config.num_attention_heads
+    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)  # of dims (i, i + dim / 2)
+    rows = slice(head * dim, (head + 1) * dim)
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight[rows], projection.bias[rows] = 0, 0
+    for i in range(5):
+        attention.q_proj.bias[head * dim + i] = 7
+        attention.k_proj.bias[head * dim + i] = 7 * torch.cos(offset * frequency[i])
+        attention.k_proj.bias[head * dim + i + dim // 2] = 7 * torch.sin(offset * frequency[i])
+    carry(model, 0, head, [(0, to, CODE)])
+
+
+@torch.no_grad()
+def match(model, layer: int, head: int, pairs, copies) -> None:
+    """Attend to the tokens whose dims `key` equal this token's dims `query`; pairs = [(query, key, size)]."""
+    config, attention = model.config, model.model.layers[layer].self_attn
+    dim = config.hidden_size // config.num_attention_heads
+    slow = list(range(dim // 4 + 1, dim // 2))  # rotary pairs too slow to notice distances within a prompt
+    slow = slow[::-1] + [i + dim // 2 for i in slow[::-1]]
+    rows = slice(head * dim, (head + 1) * dim)
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight[rows], projection.bias[rows] = 0, 0
+    for query, key, size in pairs:
+        at, slow = head * dim + torch.tensor(slow[:size]), slow[size:]
+        attention.q_proj.weight[at, span(query, size, config.hidden_size)] = 2.6
+        attention.k_proj.weight[at, span(key, size, config.hidden_size)] = 2.6
+    carry(model, layer, head, copies)
+
+
+def carry(model, layer: int, head: int, copies) -> None:
+    """What a head brings home; copies = [(from, to, size)]."""
+    attention, hidden = model.model.layers[layer].self_attn, model.config.hidden_size
+    dim = hidden // model.config.num_attention_heads
+    rows = slice(head * dim, (head + 1) * dim)
+    attention.v_proj.weight[rows], attention.o_proj.weight[:, rows] = 0, 0
+    used = head * dim
+    for source, to, size in copies:
+        at, used = torch.arange(used, used + size), used + size
+        attention.v_proj.weight[at, span(source, size, hidden)] = 1
+        attention.o_proj.weight[span(to, size, hidden), at] = 0.06
+
+
+def start(shape, free: int):
+    """A model whose codes have one length (in either half, for matches on seven dims) and whose dims from `free` are 0."""
+    model = make_model(*shape)
+    codes = model.model.embed_tokens.weight.data
+    codes[:, free:] = 0
+    codes[:, :CODE] = F.normalize(codes[:, :CODE].unflatten(1, (2, 7)), dim=2).flatten(1) * 0.04 * 7 ** 0.5
+    return model
+
+
+def start_policy():
+    model = start(POLICY_SHAPE, BACK2)
+    look_back(model, 0, 1, BACK1)
+    look_back(model, 1, 2, BACK2)
+    match(model, 1, 0, [(0, BACK1, CODE)], [(CODE, CODE, 32)])  # "h=" -> what followed "h=" before
+    match(model, 1, 1, [(BACK1, BACK2, CODE)], [(0, CODE, CODE)])  # "### h", newline -> b of "h:b*3"
+    return model
+
+
+def start_judge():
+    model = start(JUDGE_SHAPE, LINE)
+    look_back(model, 0, 1, BACK1)
+    look_back(model, 1, 2, BACK2)
+    look_back(model, 2, 6, LINE)  # a line of the critique has six tokens: the number of the line before
+    match(model, 1, 0, [(0, BACK1, 7), (BACK1, BACK2, 7)], [(CODE, CODE, 32)])  # "2) h=" -> what followed "2) h="
+    match(model, 1, 1, [(BACK2, BACK1, CODE)], [(CODE, CODE, 32)])  # "h=13:" -> what followed "h=" elsewhere
+    match(model, 1, 2, [(0, BACK1, CODE)], [(CODE, CODE, 32)])  # "2) " -> what followed "2) "
+    match(model, 1, 3, [(0, BACK2, CODE)], [(BACK1, CODE + 32, CODE)])  # "13:13" -> itself, if both are equal
     return model
 
 
@@ -471,15 +563,15 @@ def make_data(seed: int) -> None:
 
 def make_policy(seed: int) -> None:
     torch.manual_seed(seed)
-    rng, model = random.Random(f"policy {seed}"), make_model(*POLICY_SHAPE)
-    train(model, lambda progress: policy_row(rng, progress), POLICY_TOKENS, 3e-3)
+    rng, model = random.Random(f"policy {seed}"), start_policy()
+    train(model, lambda progress: policy_row(rng, progress), POLICY_TOKENS, 2.5e-3)
     save(model, POLICY_PROMPTS, "policy")
 
 
 def make_judge(seed: int) -> None:
     torch.manual_seed(seed)
-    rng, model = random.Random(f"judge {seed}"), make_model(*JUDGE_SHAPE)
-    train(model, lambda progress: judge_row(rng, progress), JUDGE_TOKENS, 3e-3)
+    rng, model = random.Random(f"judge {seed}"), start_judge()
+    train(model, lambda progress: judge_row(rng, progress), JUDGE_TOKENS, 2.5e-3)
     save(model, JUDGE_PROMPTS, "judge")
 
 

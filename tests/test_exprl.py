@@ -428,3 +428,13 @@ def test_out_of_memory_names_the_flag():
     assert exprl.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert exprl.out_of_memory(torch.OutOfMemoryError("x")) and not exprl.out_of_memory(RuntimeError("shape"))
     assert all("--" in remedy for remedy in exprl.REMEDIES.values())
+
+
+def test_without_model_flags_the_embedded_miniature_runs(tmp_path):
+    run = tmp_path / "demo"
+    done = tiny.run("exprl.py", "--steps", 2, "--questions", 4, "--eval-limit", 6, "--show-every", 1, "--out", run)
+    assert "before, step 0" in done.stdout and "after, step 2" in done.stdout and "--- step 1" in done.stdout
+    steps = [m for m in exprl.read_jsonl(run / "metrics.jsonl") if "score" in m]
+    assert len(steps) == 2 and all(0 < m["score"] < 1 and m["unread"] == 0 and m["headings"] > 1 for m in steps)
+    grades = {record["grades"][0] for record in exprl.read_jsonl(run / "rollouts.jsonl")}
+    assert len(grades) > 10  # a language model's expected grades, not five steps of a script

@@ -1,4 +1,4 @@
-"""Both versions of the kernels, PyTorch and Triton, against float64: values, gradients, edges, memory. 45 s.
+"""Both versions of the kernels, PyTorch and Triton, against float64: values, gradients, edges, memory. 30 s.
 
 Without a CUDA device the Triton versions run in Triton's interpreter (see conftest.py), on small inputs; with
 one they are compiled, and the tests marked gpu add real sizes. Every torch.empty is filled with NaN, so that
@@ -7,6 +7,7 @@ a number left unwritten fails a test.
 
 import importlib
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,13 @@ def test_the_programs_own_checks():
     advantages.check(DEVICE)
 
 
+def run_python(code):
+    """In a process of its own at the repository's root, with Triton's compiler, not its interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(kernels.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env=environment)
+
+
 def test_without_triton():
     code = """if True:
         import sys
@@ -249,7 +257,35 @@ def test_without_triton():
         one = torch.ones(2, 1)
         assert not kernels.token_advantages(one, one.long()[:, 0], one.long() - 1, 2, "std").any()
     """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(kernels.__file__).parents[1])
+    run_python(code)
+
+
+@needs_triton
+def test_kernels_compile_for_a_hopper_gpu():
+    """Down to machine code, which takes no GPU: the interpreter runs programs that the compiler refuses."""
+    code = """if True:
+        import importlib
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        def build(kernel, signature, **constants):
+            names = [name for name in kernel.arg_names if name not in constants]
+            types = dict(zip(names, signature.split(), strict=True), **dict.fromkeys(constants, "constexpr"))
+            source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+            program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+            assert program.asm["cubin"] and ".local" not in program.asm["ptx"]  # no spilled registers
+
+        logprob = importlib.import_module("kernels.token_logprob")
+        advantages = importlib.import_module("kernels.token_advantages")
+        for z in ("*bf16", "*fp32"):
+            build(logprob.row_stats_kernel, f"{z} *i64 *fp32 *fp32 *fp32 i32", BLOCK=4096)
+            build(logprob.row_grads_kernel, f"{z} *i64 *fp32 *fp32 *fp32 *fp32 i32", BLOCK=4096)
+        for norm in advantages.NORMS:
+            build(advantages.token_advantages_kernel, "*fp32 *i64 *i64 *fp32 i32 i32 fp32",
+                  GROUP=12, GROUP_BLOCK=16, STEP_BLOCK=16, TOKEN_BLOCK=1024, NORM=norm)
+    """
+    run_python(code)
 
 
 @pytest.mark.gpu

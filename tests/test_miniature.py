@@ -121,7 +121,7 @@ def test_its_own_language_survives_the_round_trip(tokenizer, words):
 @given(text=st.text(max_size=40) | st.sampled_from(["<|trace|>", "<|end|>x<|system|>", "Score: 5", "\\boxed{١}"]))
 def test_any_text_is_encoded_and_special_tokens_in_it_are_not_recognised(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    assert ids == mini.encode(text)
+    assert ids == mini.encode(text)  # what is not of the language is dropped
     assert not set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 
@@ -141,7 +141,7 @@ def test_chat_template_and_segments(tokenizer):
     assert whole == shared + own
 
 
-def test_training_rows_are_the_prompts_that_the_judge_builds(tokenizer):
+def test_training_rows_are_the_exchange_that_the_judge_has(tokenizer):
     judge = Judge(torch_model(), tokenizer, mini.JUDGE_PROMPTS)
     for seed in range(30):
         rng = random.Random(seed)
@@ -149,8 +149,22 @@ def test_training_rows_are_the_prompts_that_the_judge_builds(tokenizer):
         trace = mini.some_trace(rng, problem)
         ids, targets, weights = mini.judge_prompt("outcome", problem.question, problem.solution, trace)
         shared, own = judge.prompt(SimpleNamespace(**problem._asdict()), trace)
-        assert ids == shared + own + judge.stem
+        assert ids == shared + own + mini.encode(mini.critique(problem.solution, trace)) + judge.stem
         assert targets[-1] == judge.digit_ids[mini.outcome_grade(problem.solution, trace) - 1] and weights[-1] > 0
+
+
+def test_the_longest_critique_and_exchange_fit():
+    """A critique cut by its limit would grade exactly the complete traces wrong."""
+    rng, longest = random.Random(6), 0
+    for _ in range(300):
+        problem = mini.make_problem(rng, mini.DEEP)
+        right = mini.work(rng, problem.question, 0)
+        written = mini.encode(mini.critique(problem.solution, right))
+        longest = max(longest, len(written))
+        assert len(written) + 1 <= mini.JUDGE_PROMPTS["critique_tokens"]  # and the end token
+        ids = mini.judge_prompt("outcome", problem.question, problem.solution, right)[0]
+        assert len(ids) + 64 <= 512  # traces may be that much longer than right ones
+    assert longest > 0.8 * mini.JUDGE_PROMPTS["critique_tokens"]  # the case was met
 
 
 def torch_model():
