@@ -99,8 +99,8 @@ PRESETS = {
     "miniature": dict(
         model=str(MINIATURE / "policy"), judge=str(MINIATURE / "judge"),
         data=(str(MINIATURE / "train.jsonl"),), eval_data=(str(MINIATURE / "eval.jsonl"),),
-        steps=40, max_new_tokens=160, temperature=1.0, lr=3e-4, kl=0.0, microbatch_tokens=8192,
-        eval_every=0, eval_n=16, eval_k=(1, 16), save_every=20,
+        steps=12, max_new_tokens=160, temperature=1.0, lr=5e-4, kl=0.0, microbatch_tokens=8192,
+        eval_every=0, eval_limit=128, eval_n=16, eval_k=(1, 16), save_every=0, show_every=4,
     ),
     # The paper's Stage I, ExpRL-Outcome (Qwen3-4B-Instruct-2507 as policy and judge, 8 GPUs).
     "paper": dict(

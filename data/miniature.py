@@ -211,7 +211,7 @@ JUDGE_PROMPTS = {
     "user": "{question}<|reference|>{reference}<|trace|>{trace}<|trace|>",
     "stem": "grade ",
     "no_reference": "",
-    "critique_tokens": 6 * MAX_CHECKS + 3,  # six tokens a checkpoint, two for the box, the end token
+    "critique_tokens": 7 * MAX_CHECKS + 3,  # seven tokens a checkpoint, two for the box, the end token
 }
 
 
@@ -473,7 +473,7 @@ def start_judge():
     model = start(JUDGE_SHAPE, LINE)
     look_back(model, 0, 1, BACK1)
     look_back(model, 1, 2, BACK2)
-    look_back(model, 2, 6, LINE)  # a line of the critique has six tokens: the number of the line before
+    look_back(model, 2, 6, LINE)  # from the end of a line of the critique to its number
     match(model, 1, 0, [(0, BACK1, 7), (BACK1, BACK2, 7)], [(CODE, CODE, 32)])  # "2) h=" -> what followed "2) h="
     match(model, 1, 1, [(BACK2, BACK1, CODE)], [(CODE, CODE, 32)])  # "h=13:" -> what followed "h=" elsewhere
     match(model, 1, 2, [(0, BACK1, CODE)], [(CODE, CODE, 32)])  # "2) " -> what followed "2) "
@@ -602,8 +602,8 @@ def measure(seed: int) -> None:
 
     problems = load_problems(str(FOLDER / "dev.jsonl"))
     by_id = {p.id: p for p in problems}
-    sampled = evaluate(policy, problems, 8, (1,), 192, 1.0, seed + 1)[1]
-    close = [{"problem": p.id, "text": some_trace(rng, p, kind)} for p in problems for kind in ("right", "near") * 2]
+    sampled = evaluate(policy, problems, 4, (1,), 192, 1.0, seed + 1)[1]
+    close = [{"problem": p.id, "text": some_trace(rng, p, kind)} for p in problems for kind in ("right", "near")]
     judge = Judge(judge_lm.model, judge_lm.tokenizer, judge_lm.prompts)
     prefixes = {**judge_lm.prompts, "system": {"outcome": judge_lm.prompts["system"]["prefix"]}}
     valuer = Judge(judge_lm.model, judge_lm.tokenizer, prefixes)
@@ -617,8 +617,8 @@ def measure(seed: int) -> None:
                   f"{r['misplace']:.1%}, {r['grade_correct']:.2f} / {r['grade_incorrect']:.2f}", flush=True)
 
     print("judge against the rubric: share of grades within 0.5, mean grade by judge and by rubric; the same for prefix")
-    shown = {kind: [(p, some_trace(rng, p, kind)) for p in problems] for kind in KINDS}
-    shown["samples"] = [(by_id[r["problem"]], r["text"]) for r in sampled]
+    shown = {kind: [(p, some_trace(rng, p, kind)) for p in problems[:100]] for kind in KINDS}
+    shown["samples"] = [(by_id[r["problem"]], r["text"]) for r in sampled[:400]]
     shown["samples cut at a step"] = [(p, "".join(ONE_STEP.findall(t)[:rng.randint(0, 10)])) for p, t in shown["samples"]]
     shown["changed reference"] = [(replace(p, solution=some_reference(rng, p, "changed")), t) for p, t in shown["samples"]]
     for kind, pairs in shown.items():
