@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
-
 import sample  # noqa: F401  first of all: see the note on the name `kernels` in sample.py
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
