@@ -1,23 +1,25 @@
-"""The embedded miniature: a task, a tiny policy and a tiny judge, all of data/miniature/ from one seed.
+r"""The embedded miniature: a task, a tiny policy and a tiny judge, all of data/miniature/ from one seed.
 
     python data/miniature.py                        # remake everything
     python data/miniature.py --only data            # or one part: data, policy, judge, measure
 
-The task is arithmetic modulo 100 along three interleaved chains, in a language of 170 tokens:
+The task is arithmetic modulo 100 along three interleaved chains, in a language of 200 tokens:
 
-    question   b=71; k=26; z=40; h:b*3; m:k+5; c:h-7; ... ? c m q          values, definitions, what is asked
-    trace      ### h\nb=71*3 h=13\n### m\nk=26+5 m=31\n ... c=06 m=31 q=87\n\boxed{063187}
-    reference  1) h=13\n2) c=06\n ... \boxed{063187}                       about half of the values
+    question   b=71; k=26; z=40; h:b*3; m:k+5; c:h-4; ... ? c m q      values, definitions, what is asked
+    trace      ### h\nb=71*3 h=13\n### m\nk=26+5 m=31\n ... c=09 m=31 q=87\n\boxed{093187}
+    reference  1) h=13\n2) c=09\n ... \boxed{093187}                   about half of the values
+    critique   1) h=13:13+\n2) c=09:41-\nbox -                         what the judge writes before it grades
 
-"h=" is one token and always followed by h's value, so that looking a value up is copying what followed last time: with
-"h" and "=" apart neither policy nor judge had learned it after 3 million tokens.
-The policy knows how to solve it (its argmax is right nearly always) but has bad habits, each taken with some
-probability at every step. They are choices that a policy gradient can reweight, and ten right choices in a row are rare.
-The judge compares a trace with the reference it is shown and answers with a digit. Its stem has a slot for every
-checkpoint, "1) 2) ... box grade ": in one forward pass it gathers a verdict at each slot, then grades.
+"h=" is one token, always followed by h's value, and both models start with attention heads that look up what
+followed a token before: without these heads neither had learned it after 2.6 million tokens (see CODE below).
+The policy knows how to solve the task (its argmax is right nearly always) but has bad habits, each taken with
+some probability at every step: choices that a policy gradient can reweight, and ten right ones are rare.
+The judge compares the trace with the reference it is shown, checkpoint by checkpoint, and
+answers with a digit.
 
-Left out: a judge that checks the arithmetic itself. Without a reference this one gives everything a 1.
+Left out: a judge that checks the arithmetic itself. Without a reference this one is to give everything a 1.
 """
+
 import argparse
 import json
 import os
@@ -36,12 +38,14 @@ FOLDER = Path(__file__).resolve().parent / "miniature"
 NAMES = "abcdefghijklmnopqrstuvwxyz"
 HARD, DEEP = (3, 3, 4), (4, 4, 5)  # operations per chain: train, dev and eval; the deep split
 MAX_CHECKS = 8  # checkpoints of a reference
-POLICY_SHAPE, POLICY_TOKENS = (96, 4, 3, 256), 4e6  # (hidden size, layers, heads, inner size), tokens of training
+# (hidden size, layers, heads, inner size), tokens of training
+POLICY_SHAPE, POLICY_TOKENS = (96, 4, 3, 256), 4e6
 JUDGE_SHAPE, JUDGE_TOKENS = (128, 4, 4, 192), 3e6
 SPLITS = {"train": (1000, HARD), "dev": (200, HARD), "eval": (200, HARD), "deep": (200, DEEP)}
 
-# What the base does wrong, each with its probability per step: copy the source's value instead of computing, take
-# another source, write a random value, stop and box what there is. 0.68 of the steps are right, 0.68^10 = 2%.
+# What the base does wrong, each with its probability per step: copy the source's value instead of
+# computing, take another source, write a random value, stop and box what there is. 0.68 of the steps are
+# right, 0.68^10 = 2%.
 HABITS = {"skip": 0.125, "source": 0.10, "slip": 0.08, "stop": 0.015}
 
 
@@ -54,7 +58,7 @@ class Row(NamedTuple):
     domain: str
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Task
 
 
@@ -65,8 +69,9 @@ def compute(value: int, op: str, operand: int) -> int:
 def make_problem(rng: random.Random, depths=HARD) -> Row:
     """One problem with depths[i] operations in chain i, the chains shuffled and interleaved.
 
-    Every operation is a bijection modulo 100 that changes its source: a wrong value never heals on its way to the
-    answer, and a skipped step is always a wrong one. The reference states an irregular subset of the values."""
+    Every operation is a bijection modulo 100 that changes its source: a wrong value never heals on its way to
+    the answer, and a skipped step is always a wrong one. The reference states an irregular subset of the
+    values."""
     depths = rng.sample(depths, len(depths))
     names = rng.sample(NAMES, sum(depths) + len(depths))
     last = [names.pop() for _ in depths]
@@ -144,7 +149,8 @@ STEP = re.compile(r"### ([a-z])\n([a-z])=(\d\d)([-+*])(\d) ([a-z])=(\d\d)\n")
 
 
 def worked(problem, text: str) -> bool:
-    """Answer and every step right: all operations, nothing else, then the box. `problem` has question and answer."""
+    """Answer and every step right: all operations, nothing else, then the box. `problem` has question and
+    answer."""
     values, operations, asked = parse(problem.question)
     due = set()
     for name, source, op, operand in operations:
@@ -153,7 +159,7 @@ def worked(problem, text: str) -> bool:
     return set(STEP.findall(text)) == due and STEP.sub("", text) == closing(asked, problem.answer)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rubric: what the judge is trained to answer
 
 CHECK = re.compile(r"^\d\) ([a-z])=(\d\d)$", re.M)
@@ -174,7 +180,8 @@ def marks(solution: str, trace: str) -> tuple[list[str], str]:
 
 
 def outcome_grade(solution: str, trace: str) -> int:
-    """5: every checkpoint and the box agree. Else 1..4 by the share of checkpoints that agree; no reference: 1."""
+    """5: every checkpoint and the box agree. Else 1..4 by the share of checkpoints that agree; no reference:
+    1."""
     checks, boxed = marks(solution, trace)
     if not checks:
         return 1
@@ -182,8 +189,9 @@ def outcome_grade(solution: str, trace: str) -> int:
 
 
 def prefix_grade(solution: str, trace: str) -> int:
-    """A value, which can fall: 5 while nothing is contradicted, one less for each contradicted checkpoint. Once the
-    trace is boxed it is over: a wrong box and every checkpoint not stated cost one, too. No reference: 1."""
+    """A value, which can fall: 5 while nothing is contradicted, one less for each contradicted checkpoint.
+    Once the trace is boxed it is over: a wrong box and every checkpoint not stated cost one, too. No
+    reference: 1."""
     checks, boxed = marks(solution, trace)
     if not checks:
         return 1
@@ -193,12 +201,14 @@ def prefix_grade(solution: str, trace: str) -> int:
 
 GRADES = {"outcome": outcome_grade, "prefix": prefix_grade}
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Language
 
-SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|reference|>", "<|trace|>"]
-WORDS = ["### ", "\n", "\\boxed{", "}", "; ", "? ", " ", ")", ":", "+", "-", "*", "?", "outcome", "prefix", "reference ",
-         "box ", "grade ", "match", "wrong", "all", "no", *(f"{i}) " for i in range(1, MAX_CHECKS + 1)),
+SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>",
+           "<|reference|>", "<|trace|>"]
+WORDS = ["### ", "\n", "\\boxed{", "}", "; ", "? ", " ", ")", ":", "+", "-", "*", "?",
+         "outcome", "prefix", "reference ", "box ", "grade ", "match", "wrong", "all", "no",
+         *(f"{i}) " for i in range(1, MAX_CHECKS + 1)),
          *NAMES, *(f"{name}=" for name in NAMES), *"0123456789", *(f"{i:02d}" for i in range(100))]
 ID = {word: i for i, word in enumerate(SPECIAL + WORDS)}
 SPLIT = re.compile("|".join(re.escape(word) for word in sorted(WORDS, key=len, reverse=True)))
@@ -207,7 +217,8 @@ CHAT = ("{% for m in messages %}{% if m['content'] %}<|{{ m['role'] }}|>{{ m['co
 POLICY_PROMPTS = {"system": "", "distill": "{question}\nreference {reference}"}
 JUDGE_PROMPTS = {
     "readout": "critique",
-    "system": {"outcome": "outcome grade 5 all match 1 no match", "prefix": "prefix grade 5 no wrong 1 all wrong"},
+    "system": {"outcome": "outcome grade 5 all match 1 no match",
+               "prefix": "prefix grade 5 no wrong 1 all wrong"},
     "user": "{question}<|reference|>{reference}<|trace|>{trace}<|trace|>",
     "stem": "grade ",
     "no_reference": "",
@@ -221,19 +232,21 @@ def encode(text: str) -> list[int]:
 
 
 def make_tokenizer():
-    """transformers loads any folder of a Qwen2 model with this class and its splitting rules, whatever the folder says.
-    So every word is an added token: those are found first, the longest at each place. Other text is dropped."""
+    """transformers loads any folder of a Qwen2 model with this class and its splitting rules, whatever the
+    folder says. So every word is an added token: those are found first, the longest at each place. Other text
+    is dropped."""
     from transformers import AddedToken, Qwen2Tokenizer
 
-    tokenizer = Qwen2Tokenizer(vocab=ID, merges=[], pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
-                               extra_special_tokens=SPECIAL[3:], model_max_length=512)
+    tokenizer = Qwen2Tokenizer(vocab=ID, merges=[], pad_token="<|pad|>", unk_token="<|unk|>",
+                               eos_token="<|end|>", extra_special_tokens=SPECIAL[3:], model_max_length=512)
     tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
 def save(model, prompts: dict, name: str) -> None:
-    """Write FOLDER/name as a whole: built beside it, then moved, so that a usable folder is always in place."""
+    """Write FOLDER/name as a whole: built beside it, then moved, so that a usable folder is always in
+    place."""
     new, old = FOLDER / f"{name}.tmp", FOLDER / f"{name}.old.tmp"
     shutil.rmtree(new, ignore_errors=True)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = ID["<|end|>"], ID["<|pad|>"]
@@ -247,8 +260,9 @@ def save(model, prompts: dict, name: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training text. A row is (ids, targets, weights): targets[t] is to be predicted at position t, where weights[t] > 0
+# ------------------------------------------------------------------------------------------------------------
+# Training text. A row is (ids, targets, weights): targets[t] is to be predicted at position t, where
+# weights[t] > 0
 
 
 def easy(rng: random.Random) -> list[int]:
@@ -256,20 +270,25 @@ def easy(rng: random.Random) -> list[int]:
 
 
 def policy_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
-    """Own-style text: easy problems first, then hard ones; few errors first (skill), then HABITS at full strength.
-    In a fifth of the rows the prompt holds the reference and the work is careful, as a teacher that sees it should be."""
+    """Own-style text: easy problems first, then hard ones; few errors first (skill), then HABITS at full
+    strength. In a fifth of the rows the prompt holds the reference and the work is careful, as a teacher that
+    sees it should be."""
     hard = rng.random() < min(0.75, 2 * progress - 0.1)
     problem = make_problem(rng, rng.choice((HARD, HARD, HARD, DEEP)) if hard else easy(rng))
     seen = rng.random() < 0.2
-    user = POLICY_PROMPTS["distill"].format(**problem._asdict() | {"reference": problem.solution}) if seen else problem.question
+    user = problem.question
+    if seen:
+        user = POLICY_PROMPTS["distill"].format(question=problem.question, reference=problem.solution)
     trace = work(rng, problem.question, 0.08 if seen else min(1.0, max(0.1, 2 * progress - 0.5)))
     prompt = [ID["<|user|>"], *encode(user), ID["<|end|>"], ID["<|assistant|>"]]
     trace_ids = [*encode(trace), ID["<|end|>"]]
-    return prompt + trace_ids[:-1], [0] * (len(prompt) - 1) + trace_ids, [0.0] * (len(prompt) - 1) + [1.0] * len(trace_ids)
+    given = len(prompt) - 1
+    return prompt + trace_ids[:-1], [0] * given + trace_ids, [0.0] * given + [1.0] * len(trace_ids)
 
 
-KINDS = {"noisy": 16, "near": 14, "right": 8, "cut": 12, "stopped": 8, "garbled": 6, "renamed": 6, "repeated": 8,
-         "dropped": 6, "box right": 8, "box wrong": 8, "box only": 2, "reference": 1, "question": 1, "empty": 1}
+KINDS = {"noisy": 16, "near": 14, "right": 8, "cut": 12, "stopped": 8, "garbled": 6, "renamed": 6,
+         "repeated": 8, "dropped": 6, "box right": 8, "box wrong": 8,
+         "box only": 2, "reference": 1, "question": 1, "empty": 1}
 ONE_STEP = re.compile(r"### .*\n.*\n")
 
 
@@ -279,7 +298,8 @@ def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str
     _, operations, asked = parse(problem.question)
     count = len(operations)
     if kind in ("box only", "reference", "question", "empty"):
-        return {"box only": box(problem.answer), "reference": problem.solution, "question": problem.question}.get(kind, "")
+        odd = {"box only": box(problem.answer), "reference": problem.solution, "question": problem.question}
+        return odd.get(kind, "")
     if kind in ("right", "box wrong"):
         text = work(rng, problem.question, 0)
     elif kind in ("near", "stopped"):
@@ -314,14 +334,15 @@ def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str
     if kind == "box wrong":
         values = re.findall("..", problem.answer)
         values[rng.randrange(len(values))] = f"{rng.randrange(100):02d}"
-        values = "".join(rng.choice((values, rng.sample(values, len(values)), values[1:], values + values[:1])))
+        shuffled = rng.sample(values, len(values))
+        values = "".join(rng.choice((values, shuffled, values[1:], values + values[:1])))
         tail = rng.choice((closing(asked, values), BOX.sub(lambda _: box(values), tail)))
     return "".join(steps) + (tail if rng.random() < 0.9 else "")
 
 
 def some_reference(rng: random.Random, problem: Row, kind: str | None = None) -> str:
-    """Mostly the problem's own. Else none, another problem's, or its own with other values: the judge must follow the
-    reference that it is shown."""
+    """Mostly the problem's own. Else none, another problem's, or its own with other values: the judge must
+    follow the reference that it is shown."""
     kind = kind or rng.choices(("own", "none", "other", "changed"), (75, 4, 6, 15))[0]
     if kind == "none":
         return ""
@@ -329,14 +350,16 @@ def some_reference(rng: random.Random, problem: Row, kind: str | None = None) ->
         return make_problem(rng).solution
     if kind == "changed":
         share = rng.choice((0.2, 0.5))
-        return re.sub(r"(?<==)\d\d|(?<=\{)\d\d", lambda m: f"{rng.randrange(100):02d}" if rng.random() < share else m[0],
+        return re.sub(r"(?<==)\d\d|(?<=\{)\d\d",
+                      lambda m: f"{rng.randrange(100):02d}" if rng.random() < share else m[0],
                       problem.solution)
     return problem.solution
 
 
 def critique(solution: str, trace: str) -> str:
-    """What the judge is to write before it grades: per checkpoint its number, name, the reference's value, the value
-    that the trace states (one that differs, if any does; ? if none) and a sign; then a sign for the box."""
+    """What the judge is to write before it grades: per checkpoint its number, name, the reference's value,
+    the value that the trace states (one that differs, if any does; ? if none) and a sign; then a sign for the
+    box."""
     checks, boxed = marks(solution, trace)
     stated: dict[str, list] = {}
     for name, value in STATEMENT.findall(trace):
@@ -350,9 +373,9 @@ def critique(solution: str, trace: str) -> str:
 
 def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[list, list, list]:
     """A judge's whole exchange: its prompt (no loss), its critique and end token, then stem and grade."""
-    ids = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"], *encode(question),
-           ID["<|reference|>"], *encode(solution), ID["<|trace|>"], *encode(trace), ID["<|trace|>"], ID["<|end|>"],
-           ID["<|assistant|>"]]
+    ids = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"],
+           *encode(question), ID["<|reference|>"], *encode(solution), ID["<|trace|>"], *encode(trace),
+           ID["<|trace|>"], ID["<|end|>"], ID["<|assistant|>"]]
     written = encode(critique(solution, trace))
     grade = ID[str(GRADES[view](solution, trace))]
     stem = encode(JUDGE_PROMPTS["stem"])
@@ -364,7 +387,8 @@ def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[l
 
 
 def judge_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
-    """Short problems first. Half of the rows leave out the question, which decides nothing: that is faster."""
+    """Short problems first. Half of the rows leave out the question, which decides nothing: that is
+    faster."""
     hard = rng.random() < min(0.8, 3 * progress)
     problem = make_problem(rng, rng.choice((HARD, HARD, DEEP)) if hard else easy(rng))
     trace = some_trace(rng, problem)
@@ -374,7 +398,7 @@ def judge_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
     return judge_prompt(view, rng.choice(("", problem.question)), some_reference(rng, problem), trace)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -383,20 +407,21 @@ def make_model(hidden: int, layers: int, heads: int, inner: int):
 
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(ID), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, intermediate_size=inner, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=ID["<|end|>"], pad_token_id=ID["<|pad|>"], initializer_range=0.04,
+        num_key_value_heads=heads, intermediate_size=inner, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=ID["<|end|>"], pad_token_id=ID["<|pad|>"],
+        initializer_range=0.04,
         rope_parameters={"rope_type": "default", "rope_theta": 1e7}))
-    for layer in model.model.layers:  # a layer starts as the identity, so that it does not drown what others pass on
+    for layer in model.model.layers:  # each starts as the identity: its noise would drown what others pass on
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     return model
 
 
-# A head start. Looking up what followed a token (an induction head, Olsson et al. 2022, arXiv 2209.11895) takes two
-# attention layers that help only once both are there; small models find it late, and ours had not after 3 million
-# tokens. So training starts with such heads in place, set by hand, and is free to change or drop them.
-# A token's code is the first CODE dims of its embedding; the last dims of the residual stream are kept free for the
-# codes of the tokens one (BACK1), two (BACK2) and, in the judge, six (LINE) back.
+# A head start. Looking up what followed a token (an induction head, Olsson et al. 2022, arXiv 2209.11895)
+# takes two attention layers that help only once both are there; small models find it late, and ours had not
+# after 2.6 million tokens. So training starts with such heads in place, set by hand, and is free to change
+# or drop them. A token's code is the first CODE dims of its embedding; the last dims of the residual stream
+# are kept free for the codes of the tokens one (BACK1), two (BACK2) and, in the judge, six (LINE) back.
 CODE = 14
 BACK1, BACK2, LINE = -CODE, -2 * CODE, -3 * CODE
 
@@ -410,7 +435,7 @@ def look_back(model, head: int, offset: int, to: int) -> None:
     """Layer 0: attend to the token `offset` back, by position alone, and write its code to dims `to`."""
     config, attention = model.config, model.model.layers[0].self_attn
     dim = config.hidden_size // config.num_attention_heads
-    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)  # of dims (i, i + dim / 2)
+    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)  # dims i, i + dim/2
     rows = slice(head * dim, (head + 1) * dim)
     for projection in (attention.q_proj, attention.k_proj):
         projection.weight[rows], projection.bias[rows] = 0, 0
@@ -452,7 +477,8 @@ def carry(model, layer: int, head: int, copies) -> None:
 
 
 def start(shape, free: int):
-    """A model whose codes have one length (in either half, for matches on seven dims) and whose dims from `free` are 0."""
+    """A model whose codes have one length (in either half, for matches on seven dims) and whose dims from
+    `free` are 0."""
     model = make_model(*shape)
     codes = model.model.embed_tokens.weight.data
     codes[:, free:] = 0
@@ -474,7 +500,7 @@ def start_judge():
     look_back(model, 0, 1, BACK1)
     look_back(model, 1, 2, BACK2)
     look_back(model, 2, 6, LINE)  # from the end of a line of the critique to its number
-    match(model, 1, 0, [(0, BACK1, 7), (BACK1, BACK2, 7)], [(CODE, CODE, 32)])  # "2) h=" -> what followed "2) h="
+    match(model, 1, 0, [(0, BACK1, 7), (BACK1, BACK2, 7)], [(CODE, CODE, 32)])  # "2) h=" -> what followed it
     match(model, 1, 1, [(BACK2, BACK1, CODE)], [(CODE, CODE, 32)])  # "h=13:" -> what followed "h=" elsewhere
     match(model, 1, 2, [(0, BACK1, CODE)], [(CODE, CODE, 32)])  # "2) " -> what followed "2) "
     match(model, 1, 3, [(0, BACK2, CODE)], [(BACK1, CODE + 32, CODE)])  # "13:13" -> itself, if both are equal
@@ -482,7 +508,8 @@ def start_judge():
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised per matrix (Keller Jordan, 2024). PyTorch's own works in bf16, which is slow on CPUs."""
+    """Momentum, orthogonalised per matrix (Keller Jordan, 2024). PyTorch's own works in bf16, which is slow
+    on CPUs."""
 
     @torch.no_grad()
     def step(self):
@@ -508,15 +535,16 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update if p.shape[0] <= p.shape[1] else update.T, alpha=-group["lr"] * scale)
 
 
-def train(model, row, tokens: float, lr: float, batch_tokens: int = 3072, report=None, start: float = 0.0) -> None:
-    """row(progress) -> (ids, targets, weights), with progress 0..1 over the token budget. Linear decay of lr."""
+def train(model, row, tokens: float, lr: float, batch_tokens: int = 3072) -> None:
+    """row(progress) -> (ids, targets, weights), with progress 0..1 over the token budget. Linear decay of
+    lr."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [Muon(matrices, {"lr": 6 * lr}), torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.01)]
+    optimizers = [Muon(matrices, {"lr": 6 * lr}), torch.optim.AdamW(others, lr, betas=(0.9, 0.95))]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     shuffle, seen, step, clock = random.Random(0), 0, 0, time.perf_counter()
     while seen < tokens:
-        pool = sorted((row(start + (1 - start) * seen / tokens) for _ in range(512)), key=lambda r: len(r[0]))
+        pool = sorted((row(seen / tokens) for _ in range(512)), key=lambda r: len(r[0]))
         batches: list[list] = []
         for r in pool:
             if not batches or (len(batches[-1]) + 1) * len(r[0]) > batch_tokens:
@@ -525,7 +553,8 @@ def train(model, row, tokens: float, lr: float, batch_tokens: int = 3072, report
         shuffle.shuffle(batches)
         for batch in batches:
             width = max(len(r[0]) for r in batch)
-            ids, targets, weights = (torch.tensor([list(r[i]) + [0] * (width - len(r[i])) for r in batch]) for i in range(3))
+            ids, targets, weights = (torch.tensor([list(r[i]) + [0] * (width - len(r[i])) for r in batch])
+                                     for i in range(3))
             keep = weights > 0
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[keep]
             losses = F.cross_entropy(model.lm_head(hidden), targets[keep], reduction="none")
@@ -533,16 +562,17 @@ def train(model, row, tokens: float, lr: float, batch_tokens: int = 3072, report
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, rate in zip(optimizers, rates):
-                optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * max(0.01, 1 - seen / tokens)
+                pace = min(1, (step + 1) / 50) * max(0.01, 1 - seen / tokens)
+                optimizer.param_groups[0]["lr"] = rate * pace
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             seen, step = seen + ids.numel(), step + 1
             if step % 100 == 0:
                 print(f"step {step:5d}  {seen / tokens:4.0%}  loss {loss.item():.3f}  "
-                      f"{seen / (time.perf_counter() - clock):.0f} tok/s  {report() if report else ''}", flush=True)
+                      f"{seen / (time.perf_counter() - clock):.0f} tok/s", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The four parts
 
 
@@ -587,23 +617,11 @@ def measure(seed: int) -> None:
     policy, judge_lm = load_lm(str(FOLDER / "policy")), load_lm(str(FOLDER / "judge"))
     rng = random.Random(f"measure {seed}")
 
-    print("policy, 16 traces a problem at temperature 1")
-    for split in ("eval", "deep"):
-        problems = load_problems(str(FOLDER / f"{split}.jsonl"))
-        by_id = {p.id: p for p in problems}
-        metrics, records = evaluate(policy, problems, 16, (1, 16), 192, 1.0, seed)
-        sound = sum(worked(by_id[r["problem"]], r["text"]) for r in records) / len(records)
-        hinted = [policy.chat(POLICY_PROMPTS["distill"].format(question=p.question, reference=p.solution)) for p in problems]
-        taught = Sampler(policy.model).sample(hinted, 1, 192, seed=seed)
-        taught = [is_correct(policy.text(r.token_ids), p.answer) for r, p in zip(taught, problems)]
-        print(f"  {split}: " + ", ".join(f"pass@{k} {metrics[f'pass@{k}']:.1%} ({metrics[f'pass@{k}_low']:.1%} to "
-              f"{metrics[f'pass@{k}_high']:.1%})" for k in (1, 16)) + f", worked {sound:.1%}, cut off {metrics['cut_off']:.1%}, "
-              f"shown the reference {sum(taught) / len(taught):.0%}", flush=True)
-
     problems = load_problems(str(FOLDER / "dev.jsonl"))
     by_id = {p.id: p for p in problems}
     sampled = evaluate(policy, problems, 4, (1,), 192, 1.0, seed + 1)[1]
-    close = [{"problem": p.id, "text": some_trace(rng, p, kind)} for p in problems for kind in ("right", "near")]
+    close = [{"problem": p.id, "text": some_trace(rng, p, kind)}
+             for p in problems for kind in ("right", "near")]
     judge = Judge(judge_lm.model, judge_lm.tokenizer, judge_lm.prompts)
     prefixes = {**judge_lm.prompts, "system": {"outcome": judge_lm.prompts["system"]["prefix"]}}
     valuer = Judge(judge_lm.model, judge_lm.tokenizer, prefixes)
@@ -613,14 +631,17 @@ def measure(seed: int) -> None:
         records = [r | {"correct": worked(by_id[r["problem"]], r["text"])} for r in records]
         for condition in ("right", "none", "wrong"):
             r = calibrate(judge, problems, records, condition, seed)
-            print(f"  {name}, {condition} reference: {r['auroc']:.3f} ({r['auroc_low']:.3f} to {r['auroc_high']:.3f}), "
+            print(f"  {name}, {condition} reference: {r['auroc']:.3f} "
+                  f"({r['auroc_low']:.3f} to {r['auroc_high']:.3f}), "
                   f"{r['misplace']:.1%}, {r['grade_correct']:.2f} / {r['grade_incorrect']:.2f}", flush=True)
 
-    print("judge against the rubric: share of grades within 0.5, mean grade by judge and by rubric; the same for prefix")
+    print("judge against the rubric: share within 0.5, mean grade by judge, by rubric; then prefix")
     shown = {kind: [(p, some_trace(rng, p, kind)) for p in problems[:100]] for kind in KINDS}
     shown["samples"] = [(by_id[r["problem"]], r["text"]) for r in sampled[:400]]
-    shown["samples cut at a step"] = [(p, "".join(ONE_STEP.findall(t)[:rng.randint(0, 10)])) for p, t in shown["samples"]]
-    shown["changed reference"] = [(replace(p, solution=some_reference(rng, p, "changed")), t) for p, t in shown["samples"]]
+    samples = shown["samples"]
+    shown["samples, cut"] = [(p, "".join(ONE_STEP.findall(t)[:rng.randint(0, 10)])) for p, t in samples]
+    shown["changed reference"] = [(replace(p, solution=some_reference(rng, p, "changed")), t)
+                                  for p, t in samples]
     for kind, pairs in shown.items():
         line = f"  {kind:22s}"
         for grader, rubric in ((judge, outcome_grade), (valuer, prefix_grade)):
@@ -628,14 +649,31 @@ def measure(seed: int) -> None:
             truth = [rubric(p.solution, t) for p, t in pairs]
             agree = [float(abs(a - b) < 0.5) for a, b in zip(ours, truth)]
             low, high = bootstrap_interval(agree)
-            line += (f"  {sum(agree) / len(agree):6.1%} ({low:.1%} to {high:.1%}) {sum(ours) / len(ours):.2f} "
+            line += (f"  {sum(agree) / len(agree):6.1%} ({low:.1%} to {high:.1%}) "
+                     f"{sum(ours) / len(ours):.2f} "
                      f"{sum(truth) / len(truth):.2f}")
         print(line, flush=True)
+
+    print("policy, 16 traces a problem at temperature 1")
+    for split in ("eval", "deep"):
+        problems = load_problems(str(FOLDER / f"{split}.jsonl"))
+        by_id = {p.id: p for p in problems}
+        metrics, records = evaluate(policy, problems, 16, (1, 16), 192, 1.0, seed)
+        sound = sum(worked(by_id[r["problem"]], r["text"]) for r in records) / len(records)
+        hint = POLICY_PROMPTS["distill"]
+        hinted = [policy.chat(hint.format(question=p.question, reference=p.solution)) for p in problems]
+        taught = Sampler(policy.model).sample(hinted, 1, 192, seed=seed)
+        taught = [is_correct(policy.text(r.token_ids), p.answer) for r, p in zip(taught, problems)]
+        print(f"  {split}: " + ", ".join(
+            f"pass@{k} {metrics[f'pass@{k}']:.1%} "
+            f"({metrics[f'pass@{k}_low']:.1%} to {metrics[f'pass@{k}_high']:.1%})"
+            for k in (1, 16)) + f", worked {sound:.1%}, cut off {metrics['cut_off']:.1%}, "
+              f"shown the reference {sum(taught) / len(taught):.0%}", flush=True)
 
 
 def main() -> None:
     parts = {"data": make_data, "policy": make_policy, "judge": make_judge, "measure": measure}
-    parser = argparse.ArgumentParser(description="Remake the embedded miniature: task, policy, judge, and their measures.")
+    parser = argparse.ArgumentParser(description="Remake the embedded miniature and measure it.")
     parser.add_argument("--only", choices=parts, help="one part (default: all, in this order)")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     args = parser.parse_args()

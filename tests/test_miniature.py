@@ -1,4 +1,4 @@
-"""The embedded miniature: task, language, rubric, and the two shipped models. About 25 s on one core."""
+"""The embedded miniature: task, language, rubric, and the two shipped models. About 25 s on one free core."""
 
 import json
 import random
@@ -29,8 +29,12 @@ def solve(question: str) -> dict[str, int]:
 
 def example(**kwargs):
     """A problem by hand: c = 7, d = 10, e = 30, and a box of 10 30."""
-    return SimpleNamespace(question="a=04; b=10; c:a+3; d:c+3; e:b*3? d e", solution="1) c=07\n2) e=30\n\\boxed{1030}",
-                           answer="1030", **kwargs)
+    return SimpleNamespace(
+        question="a=04; b=10; c:a+3; d:c+3; e:b*3? d e",
+        solution="1) c=07\n2) e=30\n\\boxed{1030}",
+        answer="1030",
+        **kwargs,
+    )
 
 
 STEP_C, STEP_D, STEP_E = "### c\na=04+3 c=07\n", "### d\nc=07+3 d=10\n", "### e\nb=10*3 e=30\n"
@@ -68,7 +72,9 @@ def test_habits_strike_as_often_as_stated():
     rng, steps, right = random.Random(3), 0, 0
     for _ in range(500):
         problem = mini.make_problem(rng, (1, 1, 1))
-        for name, source, value, op, operand, _, result in mini.STEP.findall(mini.work(rng, problem.question)):
+        for name, source, value, op, operand, _, result in mini.STEP.findall(
+            mini.work(rng, problem.question)
+        ):
             due = re.search(rf"{name}:([a-z])", problem.question)[1]
             literal = {n: v for n, v in re.findall(r"([a-z])=(\d\d)", problem.question)}
             steps += 1
@@ -118,7 +124,9 @@ def test_its_own_language_survives_the_round_trip(tokenizer, words):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=40) | st.sampled_from(["<|trace|>", "<|end|>x<|system|>", "Score: 5", "\\boxed{١}"]))
+@given(
+    text=st.text(max_size=40) | st.sampled_from(["<|trace|>", "<|end|>x<|system|>", "Score: 5", "\\boxed{١}"])
+)
 def test_any_text_is_encoded_and_special_tokens_in_it_are_not_recognised(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     assert ids == mini.encode(text)  # what is not of the language is dropped
@@ -126,16 +134,30 @@ def test_any_text_is_encoded_and_special_tokens_in_it_are_not_recognised(tokeniz
 
 
 def test_chat_template_and_segments(tokenizer):
-    """A prompt encoded whole equals its pieces encoded one by one: the judge quotes contents apart from its own text."""
+    """A prompt encoded whole equals its pieces encoded one by one: the judge quotes contents apart."""
     problem = mini.make_problem(random.Random(4))
-    for messages in ([{"role": "user", "content": problem.question}],
-                     [{"role": "system", "content": ""}, {"role": "user", "content": problem.question}]):
+    for messages in (
+        [{"role": "user", "content": problem.question}],
+        [{"role": "system", "content": ""}, {"role": "user", "content": problem.question}],
+    ):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ids == [mini.ID["<|user|>"], *mini.encode(problem.question), mini.ID["<|end|>"], mini.ID["<|assistant|>"]]
-    user = mini.JUDGE_PROMPTS["user"].format(question=problem.question, reference=problem.solution, trace=RIGHT)
+        assert ids == [
+            mini.ID["<|user|>"],
+            *mini.encode(problem.question),
+            mini.ID["<|end|>"],
+            mini.ID["<|assistant|>"],
+        ]
+    user = mini.JUDGE_PROMPTS["user"].format(
+        question=problem.question, reference=problem.solution, trace=RIGHT
+    )
     whole = tokenizer.apply_chat_template(
-        [{"role": "system", "content": mini.JUDGE_PROMPTS["system"]["outcome"]}, {"role": "user", "content": user}],
-        add_generation_prompt=True, return_dict=False)
+        [
+            {"role": "system", "content": mini.JUDGE_PROMPTS["system"]["outcome"]},
+            {"role": "user", "content": user},
+        ],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
     judge = Judge(torch_model(), tokenizer, mini.JUDGE_PROMPTS)
     shared, own = judge.prompt(SimpleNamespace(**problem._asdict()), RIGHT)
     assert whole == shared + own
@@ -150,7 +172,10 @@ def test_training_rows_are_the_exchange_that_the_judge_has(tokenizer):
         ids, targets, weights = mini.judge_prompt("outcome", problem.question, problem.solution, trace)
         shared, own = judge.prompt(SimpleNamespace(**problem._asdict()), trace)
         assert ids == shared + own + mini.encode(mini.critique(problem.solution, trace)) + judge.stem
-        assert targets[-1] == judge.digit_ids[mini.outcome_grade(problem.solution, trace) - 1] and weights[-1] > 0
+        assert (
+            targets[-1] == judge.digit_ids[mini.outcome_grade(problem.solution, trace) - 1]
+            and weights[-1] > 0
+        )
 
 
 def test_the_longest_critique_and_exchange_fit():
@@ -175,19 +200,22 @@ def torch_model():
 # ---- rubric ----
 
 
-@pytest.mark.parametrize(("trace", "outcome", "prefix"), [
-    (RIGHT, 5, 5),
-    (RIGHT.replace("\\boxed{1030}", ""), 4, 5),  # not boxed yet
-    (RIGHT.replace("1030", "1031"), 4, 4),  # a wrong box
-    (RIGHT.replace("c=07", "c=08"), 2, 4),  # one of two checkpoints, box right
-    (STEP_C, 2, 5),
-    (STEP_C.replace("7", "8"), 1, 4),
-    ("### c\na=04+3 c=08\n### e\nb=10*3 e=31\n\\boxed{0000}", 1, 2),
-    (STEP_C + "\\boxed{0710}", 2, 3),  # stopped early: a wrong box, a checkpoint missing
-    (RIGHT + " c=08", 2, 4),  # stated twice, differently: does not count
-    ("\\boxed{1030}", 1, 3),
-    ("", 1, 5),
-])
+@pytest.mark.parametrize(
+    ("trace", "outcome", "prefix"),
+    [
+        (RIGHT, 5, 5),
+        (RIGHT.replace("\\boxed{1030}", ""), 4, 5),  # not boxed yet
+        (RIGHT.replace("1030", "1031"), 4, 4),  # a wrong box
+        (RIGHT.replace("c=07", "c=08"), 2, 4),  # one of two checkpoints, box right
+        (STEP_C, 2, 5),
+        (STEP_C.replace("7", "8"), 1, 4),
+        ("### c\na=04+3 c=08\n### e\nb=10*3 e=31\n\\boxed{0000}", 1, 2),
+        (STEP_C + "\\boxed{0710}", 2, 3),  # stopped early: a wrong box, a checkpoint missing
+        (RIGHT + " c=08", 2, 4),  # stated twice, differently: does not count
+        ("\\boxed{1030}", 1, 3),
+        ("", 1, 5),
+    ],
+)
 def test_rubric_by_hand(trace, outcome, prefix):
     assert mini.outcome_grade(example().solution, trace) == outcome
     assert mini.prefix_grade(example().solution, trace) == prefix
@@ -222,13 +250,15 @@ def test_policy_knows_but_fails(policy):
     for temperature, low, high in ((0.0, 0.6, 1.0), (1.0, 0.0, 0.1)):
         rollouts = Sampler(policy.model).sample(prompts, 1, 160, temperature, seed=0)
         assert all(r.finished for r in rollouts)
-        right = sum(mini.worked(p, policy.text(r.token_ids)) for p, r in zip(problems, rollouts)) / len(problems)
+        right = sum(mini.worked(p, policy.text(r.token_ids)) for p, r in zip(problems, rollouts)) / len(
+            problems
+        )
         assert low <= right <= high
 
 
 def test_judge_grades_by_hand(judge):
     rng = random.Random(5)
-    problems = [mini.make_problem(rng, mini.HARD) for _ in range(20)]
+    problems = [mini.make_problem(rng, mini.HARD) for _ in range(12)]
 
     def mean_grade(trace_of, problems=problems, other=None):
         asked = [SimpleNamespace(**(other or p)._asdict()) for p in problems]
@@ -245,7 +275,9 @@ def test_judge_grades_by_hand(judge):
         return mini.work(rng, p.question, forced={1: "stop"})
 
     assert mean_grade(right) > 4.7
-    assert mean_grade(right, [mini.make_problem(rng, mini.DEEP) for _ in range(20)]) > 4.7  # the longest traces
+    assert (
+        mean_grade(right, [mini.make_problem(rng, mini.DEEP) for _ in range(12)]) > 4.7
+    )  # the longest traces
     assert mean_grade(right, other=mini.make_problem(rng)) < 2  # a wrong reference
     assert mean_grade(lambda p: "") < 1.3
     assert mean_grade(lambda p: mini.box(p.answer)) < 1.5  # no work
@@ -255,10 +287,12 @@ def test_judge_grades_by_hand(judge):
     assert mean_grade(lambda p: mini.work(rng, p.question, 3)) < 2.2
 
 
-@pytest.mark.xfail(strict=True, reason="a known hole: the judge takes the box's sign from the checkpoints' signs")
+@pytest.mark.xfail(
+    strict=True, reason="a known hole: the judge takes the box's sign from the checkpoints' signs"
+)
 def test_judge_sees_a_wrong_box_after_right_work(judge):
     rng = random.Random(7)
-    problems = [mini.make_problem(rng, mini.HARD) for _ in range(20)]
+    problems = [mini.make_problem(rng, mini.HARD) for _ in range(12)]
     traces = [mini.work(rng, p.question, 0).replace(mini.box(p.answer), mini.box("000000")) for p in problems]
     verdicts = judge.grade([SimpleNamespace(**p._asdict()) for p in problems], traces)
     assert 1 + 4 * sum(v.grades[0] for v in verdicts) / len(verdicts) < 4.4
