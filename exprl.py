@@ -484,7 +484,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def restore(state: State, checkpoint: Path, settings: Settings) -> None:
+def restore(state: State, checkpoint: Path) -> None:
     tensors = load_file(checkpoint / "optimizer.safetensors", device="cpu")
     names = [name for name, _ in state.policy.model.named_parameters()]
     moments: dict[int, dict] = {}
@@ -788,7 +788,7 @@ def resume_run(run: Path, settings: Settings) -> State:
     for checkpoint in reversed(complete_checkpoints(run)):
         try:
             state = build_state(settings, str(checkpoint))
-            restore(state, checkpoint, settings)
+            restore(state, checkpoint)
             break
         except (Exception, SystemExit) as error:  # a damaged newest one must not hide an older good one
             errors.append(f"{checkpoint}: {error}")

@@ -18,7 +18,6 @@ Left out: paging, CUDA graphs, sliding-window attention. It knows nothing of jud
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -237,6 +236,10 @@ class Prefill:
         return out
 
 
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class Rows:
     """The rows being decoded: keys and values (rows, KVH, capacity, D) per layer, written in place.
 
@@ -244,10 +247,8 @@ class Rows:
 
     def __init__(self, model, rows: int, capacity: int):
         config = model.config
-        kv_heads = config.num_key_value_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # zeros, not empty: masked entries get weight 0, and 0 * NaN would still be NaN
-        shape = (rows, kv_heads, capacity, head_dim)
+        shape = (rows, config.num_key_value_heads, capacity, head_size(config))
         like = dict(dtype=model.dtype, device=model.device)
         self.keys = [torch.zeros(shape, **like) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, **like) for _ in range(config.num_hidden_layers)]
@@ -476,8 +477,7 @@ class Sampler:
     def fitting_rows(self, capacity: int) -> int:
         """How many rows of `capacity` tokens the cache may hold."""
         config = self.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * capacity
+        row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * capacity
         row *= torch.finfo(self.model.dtype).bits // 8
         if self.cache_gb is not None:
             budget = self.cache_gb * 2**30
