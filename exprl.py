@@ -2,13 +2,14 @@
 
     python exprl.py                                   # the embedded miniature, a few minutes on two CPU cores
     python exprl.py --model Qwen2.5-1.5B              # GSM8K from the hub; the start model is the judge
-    python exprl.py --model M --judge J --data problems.jsonl --eval-data held_out.jsonl
+    python exprl.py --model M --judge J --data problems.jsonl --eval-data held_out.jsonl --method process
+    python exprl.py --model runs/NAME/model --preset paper-stage2       # Stage II, from a Stage-I model
     python exprl.py --resume runs/NAME                # goes on exactly where the newest checkpoint stands
 
     problems -> prompt ids -> rollouts -> grades -> token advantages -> loss -> update
 
 The policy sees the question only, the judge question, reference and trace. `train_step` is the table of
-contents.
+contents; each method is one function that turns traces into token advantages (section "Methods").
 
 Departures from the paper's released code, one a line:
 - the judge reads an expected grade over five digit tokens by default, not the digit of a generated reply
@@ -16,7 +17,9 @@ Departures from the paper's released code, one a line:
 - the loss is the mean over all sampled tokens of an optimizer update, however it is split into micro-batches
 - one optimizer update per step by default (ratio 1, no pass for old log-probs); `--updates` for more
 - a trace is cut off if it has no end token, not if it has a certain length
-Left out here: Process rewards, SFT and self-distillation as methods; several GPUs.
+- Process: a heading opens its own step; EndNorm and GroupNorm as in the paper's equations, not as coded
+- SFT keeps the system prompt; self-distillation takes the sampler's log-probs, so the student needs one pass
+Left out here: several GPUs.
 """
 
 import argparse
@@ -33,7 +36,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +45,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import Problem, is_correct
-from judge import READOUTS, Judge, Verdict
-from kernels import token_advantages, token_logprob
+from judge import READOUTS, Judge, Verdict, with_reference
+from kernels import reverse_kl, token_advantages, token_logprob
 from sample import LM, Rollout, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit
 from sample import resolve_model, too_long, write_atomically
 
@@ -58,19 +61,28 @@ class Settings:
     judge: str = ""  # judge model; default: the policy's own start, frozen, as in the paper
     data: tuple[str, ...] = ("openai/gsm8k",)  # training data: .jsonl, .json, .parquet files or hub data sets
     eval_data: tuple[str, ...] = ()  # held-out problems; default: the hub data set's test split, else none
-    method: str = "outcome"  # outcome: the judge's grade of the whole trace; grpo: exact match 0/1, no judge
+    method: str = "outcome"  # outcome (a grade a trace), process (a step), grpo (exact match), sft, distill
     steps: int = 200  # training steps; one step samples, judges and updates once
     questions: int = 32  # problems per step
     group: int = 8  # traces per problem
     max_new_tokens: int = 1024  # a trace is cut off here
     max_prompt_tokens: int = 2048  # longer questions are reported and left out, never cut
     temperature: float = 0.8  # of sampling, and of every log-prob in the loss
-    overlong: str = "zero"  # a trace cut off: zero = grade 0, judge = graded like any other, drop = no loss
+    overlong: str = "zero"  # a trace cut off: zero (process: advantage 0), last (step 0), judge (as is), drop
     norm: str = "std"  # std: (s - mean) / std in the group (GRPO); mean: s - mean (Dr. GRPO)
-    lr: float = 1e-6  # AdamW, constant
+    process_norm: str = "delta"  # process: delta, end, step-mean; see kernels/token_advantages.py
+    step_view: str = "prefix"  # process: the judge sees the trace up to a step's end, or the lone segment
+    step_credit: str = "zero"  # process, delta, a lone step: zero (Eq. 2), or score (the authors' code)
+    outcome_domains: tuple[str, ...] = ()  # process: domains whose traces get one grade, under --norm
+    reference: str = "right"  # what the judge sees as reference: right, none, wrong (another problem's)
+    distill_kl: str = "token"  # distill: log-ratio of the sampled token, or full: KL over the vocabulary
+    lr: float = 1e-6  # AdamW
+    schedule: str = "constant"  # of the learning rate: constant, or cosine down to 0
+    warmup: float = 0.0  # share of the steps over which the learning rate rises from 0
     weight_decay: float = 0.01  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient
     kl: float = 1e-3  # weight of the k3 KL to the frozen start; 0 = no reference model
+    entropy_bonus: float = 0.0  # weight of the policy's entropy per token
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.28  # and above 1 + this (clip-higher)
     dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
@@ -94,21 +106,37 @@ class Settings:
     skip_bad_rows: bool = False  # count and drop bad rows of the data instead of stopping
 
 
+# What a method changes in the defaults. Then: preset, the preset for the method, the flags given.
+METHOD_DEFAULTS = {"sft": dict(kl=0.0, schedule="cosine", warmup=0.1), "distill": dict(kl=0.0)}
 PRESETS = {
     # The embedded default: a policy and a judge of a few MB on arithmetic chains.
-    "miniature": dict(
-        model=str(MINIATURE / "policy"), judge=str(MINIATURE / "judge"),
-        data=(str(MINIATURE / "train.jsonl"),), eval_data=(str(MINIATURE / "eval.jsonl"),),
-        steps=12, max_new_tokens=160, temperature=1.0, lr=5e-4, kl=0.0, microbatch_tokens=8192,
-        eval_every=0, eval_limit=128, eval_n=16, eval_k=(1, 16), save_every=0, show_every=4,
-    ),
-    # The paper's Stage I, ExpRL-Outcome (Qwen3-4B-Instruct-2507 as policy and judge, 8 GPUs).
-    "paper": dict(
-        questions=36, group=10, steps=230, max_new_tokens=16384, max_prompt_tokens=4096, temperature=0.8,
-        lr=1e-6, kl=1e-3, clip_low=0.2, clip_high=0.28, updates=2, save_every=30, eval_every=10,
-        checkpoint_activations=True,
-    ),
+    "miniature": {
+        "": dict(model=str(MINIATURE / "policy"), judge=str(MINIATURE / "judge"),
+                 data=(str(MINIATURE / "train.jsonl"),), eval_data=(str(MINIATURE / "eval.jsonl"),),
+                 steps=12, max_new_tokens=160, temperature=1.0, lr=5e-4, kl=0.0, microbatch_tokens=8192,
+                 eval_every=0, eval_limit=128, eval_n=16, eval_k=(1, 16), save_every=0, show_every=4),
+    },
+    # The paper's Stage I, Qwen3-4B-Instruct-2507 as policy and judge, 8 GPUs (arXiv 2606.17024 and its code).
+    "paper": {
+        "": dict(max_new_tokens=16384, max_prompt_tokens=4096, temperature=0.8, lr=1e-6, clip_low=0.2,
+                 eval_every=10, checkpoint_activations=True),
+        "outcome": dict(questions=36, group=10, steps=230, kl=1e-3, clip_high=0.28, updates=2, save_every=30),
+        "process": dict(questions=36, group=16, steps=230, kl=1e-3, clip_high=0.26, save_every=30),
+        "grpo": dict(questions=32, group=16, steps=235, kl=1e-3, clip_high=0.26, updates=2, save_every=20,
+                     overlong="judge"),
+        "sft": dict(questions=32, steps=94, save_every=47),
+        "distill": dict(questions=32, group=16, steps=230, lr=1e-7, save_every=30),
+    },
+    # The paper's Stage II. Its loss sums a trace's tokens; ours is their mean. A ratio clip of 4 is no clip.
+    "paper-stage2": {
+        "": dict(method="grpo", questions=32, group=32, steps=500, max_new_tokens=16384,
+                 max_prompt_tokens=4096, temperature=0.8, lr=1e-6, kl=0.0, norm="mean", overlong="judge",
+                 clip_low=1.0, clip_high=4.0,
+                 entropy_bonus=1e-4, grad_clip=0.3, save_every=50, eval_every=50,
+                 checkpoint_activations=True),
+    },
 }
+JUDGED = ("outcome", "process")  # the methods that need a judge
 
 
 class Stop(Exception):
@@ -142,43 +170,45 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     clock = Clock(state, "sampling")
     questions = batch_for(state.train, settings, step)
     prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
-    rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
-                                    seed=settings.seed << 32 | step)  # (Q*G) traces, problem-major
+    if settings.method == "sft":
+        traces = references(state, settings, questions, prompts)
+    else:
+        rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens,  # problem-major
+                                        settings.temperature, seed=settings.seed << 32 | step)
+        traces = Traces.of(state.policy, [p for p in questions for _ in range(settings.group)], rollouts)
     clock.lap("judging")
-    problems = [p for p in questions for _ in range(settings.group)]  # one per trace from here on
-    texts = [state.policy.text(r.token_ids) for r in rollouts]
-    correct = [is_correct(text, p.answer) for text, p in zip(texts, problems)]
     judged = state.judge.tokens if state.judge else 0
-    verdicts = grade(state, settings, problems, rollouts, texts, correct)
-    batch = collate(rollouts, verdicts, settings, state.device)
-    records = trace_records(step, problems, texts, correct, rollouts, verdicts, batch)
-    unread = mean(batch.grades.isnan())
+    batch = METHODS[settings.method](state, settings, traces)
+    records = trace_records(step, traces, batch) if settings.method != "sft" else []
+    unread = mean(~batch.read)
     if unread > settings.max_unread:
         raise Stop(f"step {step}: {unread:.0%} of the grades could not be read, more than --max-unread "
                    f"{settings.max_unread:.0%}. The judge's replies stand at the end of rollouts.jsonl; "
                    "calibrate it with `python judge.py`, or take another --judge or --readout", records)
     clock.lap("training")
-    update_metrics = update(state, settings, batch)
+    lr = learning_rate(settings, step)
+    update_metrics = update(state, settings, batch, lr)
     clock.lap("logging")
 
-    for problem, right in zip(problems, correct):
+    for problem, right in zip(traces.problems, traces.correct):
         state.seen[problem.id] = state.seen.get(problem.id, False) or right
-    scores = batch.grades.cpu()
-    read = [group[~group.isnan()] for group in scores.view(-1, settings.group)]
-    tokens = sum(len(r.token_ids) for r in rollouts)
+    sampled = settings.method != "sft"
+    moving = (batch.advantages != 0).any(1).view(-1, settings.group if sampled else 1).any(1)
+    tokens = sum(len(r.token_ids) for r in traces.rollouts)
     return {
         "step": step,
-        "score": mean(scores[~scores.isnan()]) if state.judge else None,
-        "accuracy": mean(correct),
-        "length": tokens / len(rollouts),
-        "headings": mean([count_headings(text) for text in texts]),
-        "cut_off": mean([not r.finished for r in rollouts]),
+        "score": mean_score(batch.verdicts) if state.judge else None,
+        "accuracy": mean(traces.correct) if sampled else None,
+        "length": tokens / len(traces.rollouts),
+        "headings": mean([count_headings(text) for text in traces.texts]),
+        "cut_off": mean([not r.finished for r in traces.rollouts]),
         "unread": unread,
-        "zero_groups": mean([bool((group == group[:1]).all()) for group in read]),
-        "unsolved": 1 - mean(list(state.seen.values())),
+        "zero_groups": 1 - mean(moving),
+        "unsolved": 1 - mean(list(state.seen.values())) if sampled else None,
         **update_metrics,
-        "lr": settings.lr,
-        "sample_tok_s": tokens / clock.laps["sampling"],
+        **batch.metrics,
+        "lr": lr,
+        "sample_tok_s": tokens / clock.laps["sampling"] if sampled else None,
         "judge_tok_s": (state.judge.tokens - judged) / clock.laps["judging"] if state.judge else None,
         "train_tok_s": int(batch.mask.sum()) / clock.laps["training"],
         "seconds": clock.total(),
@@ -186,31 +216,20 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     }, records
 
 
-def trace_records(step, problems, texts, correct, rollouts, verdicts, batch) -> list[dict]:
-    """The lines of rollouts.jsonl."""
-    advantages = [a[m] for a, m in zip(batch.advantages.cpu(), batch.mask.cpu())]
-    return [
-        {"step": step, "problem": p.id, "text": text, "grades": none_for_nan(v.grades), "correct": right,
-         "advantage": [float(a.min()), float(a.max())], "finished": r.finished, "tokens": len(r.token_ids),
-         "judge": v.raw}
-        for p, text, right, r, v, a in zip(problems, texts, correct, rollouts, verdicts, advantages)
-    ]
+@dataclass(frozen=True)
+class Traces:
+    """A step's traces in parallel lists (N), those of a problem side by side."""
 
+    problems: list[Problem]
+    rollouts: list[Rollout]
+    texts: list[str]
+    correct: list[bool]
 
-def grade(state, settings, problems, rollouts, texts, correct) -> list[Verdict]:
-    """One Verdict per trace: the judge's grade (outcome) or exact match (grpo). If cut off, by --overlong."""
-    verdicts: list[Verdict | None] = [None] * len(texts)
-    if settings.overlong != "judge":
-        cut = Verdict((0.0 if settings.overlong == "zero" else math.nan,), "cut off at the length limit")
-        verdicts = [None if r.finished else cut for r in rollouts]
-    open_ = [i for i, v in enumerate(verdicts) if v is None]
-    if settings.method == "grpo":
-        given = [Verdict((float(correct[i]),)) for i in open_]
-    else:
-        given = state.judge.grade([problems[i] for i in open_], [texts[i] for i in open_])
-    for i, verdict in zip(open_, given):
-        verdicts[i] = verdict
-    return verdicts
+    @classmethod
+    def of(cls, policy: LM, problems, rollouts) -> "Traces":
+        texts = [policy.text(r.token_ids) for r in rollouts]
+        correct = [is_correct(text, p.answer) for text, p in zip(texts, problems)]
+        return cls(problems, rollouts, texts, correct)
 
 
 @dataclass(frozen=True)
@@ -220,42 +239,236 @@ class Batch:
     ids: torch.Tensor  # (N,T) prompt and trace
     mask: torch.Tensor  # (N,T) true on sampled tokens
     sampled_logp: torch.Tensor  # (N,T) log-probs as the sampler saw them
-    advantages: torch.Tensor  # (N,T)
-    grades: torch.Tensor  # (N,) NaN = unread
     lengths: list[int]  # (N) tokens per row, for packing
+    read: torch.Tensor  # (N,) false = the judge could not be read: the row is in no loss
+    advantages: torch.Tensor | None = None  # (N,T)
+    step_ids: torch.Tensor | None = None  # (N,T) the token's step, -1 outside the trace
+    verdicts: tuple[Verdict, ...] = ()  # (N)
+    teacher: "Batch | None" = None  # distill, full KL: the same traces behind the teacher's prompts
+    metrics: dict = field(default_factory=dict)  # the method's own
 
 
-def collate(rollouts: list[Rollout], verdicts: list[Verdict], settings: Settings, device) -> Batch:
+def collate(rollouts: list[Rollout], device) -> Batch:
     lengths = [len(r.prompt_ids) + len(r.token_ids) for r in rollouts]
     rows, width = len(rollouts), max(lengths)
     ids = torch.zeros(rows, width, dtype=torch.long)
-    step_ids = torch.full((rows, width), -1)
+    mask = torch.zeros(rows, width, dtype=torch.bool)
     sampled_logp = torch.zeros(rows, width)
     for i, r in enumerate(rollouts):
         start, end = len(r.prompt_ids), lengths[i]
         ids[i, :end] = torch.tensor(r.prompt_ids + r.token_ids)
-        step_ids[i, start:end] = 0  # Outcome: the whole trace is one step
+        mask[i, start:end] = True
         sampled_logp[i, start:end] = torch.tensor(r.logprobs)
-    grades = torch.tensor([v.grades for v in verdicts], dtype=torch.float32)  # (N,1)
-    advantages = token_advantages(grades.to(device), torch.ones(rows, dtype=torch.long, device=device),
-                                  step_ids.to(device), settings.group, settings.norm)
-    return Batch(ids.to(device), (step_ids >= 0).to(device), sampled_logp.to(device), advantages,
-                 grades[:, 0].to(device), lengths)
+    return Batch(ids.to(device), mask.to(device), sampled_logp.to(device), lengths,
+                 torch.ones(rows, dtype=torch.bool, device=device))
+
+
+def trace_records(step: int, traces: Traces, batch: Batch) -> list[dict]:
+    """The lines of rollouts.jsonl."""
+    records = []
+    for i, r in enumerate(traces.rollouts):
+        advantages = batch.advantages[i][batch.mask[i]].cpu()
+        record = {"step": step, "problem": traces.problems[i].id, "text": traces.texts[i], "grades": [],
+                  "correct": traces.correct[i],
+                  "advantage": [float(advantages.min()), float(advantages.max())],
+                  "finished": r.finished, "tokens": len(r.token_ids)}
+        if batch.verdicts:
+            first = batch.step_ids[i][batch.mask[i]].cpu().diff(prepend=torch.tensor([-1])) != 0
+            record |= {"grades": none_for_nan(batch.verdicts[i].grades),
+                       "advantages": advantages[first].tolist(), "judge": batch.verdicts[i].raw}
+        records.append(record)
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Methods: (state, settings, traces) -> Batch with advantages
+
+
+def outcome(state: "State", settings: Settings, traces: Traces) -> Batch:
+    """ExpRL-Outcome: one grade for the whole trace, normalised in its problem's group (sec. 3)."""
+    verdicts = grade_whole(state, settings, traces, range(len(traces.rollouts)))
+    return credit(settings, collate(traces.rollouts, state.device), verdicts)
+
+
+def process(state: "State", settings: Settings, traces: Traces) -> Batch:
+    """ExpRL-Process: a grade after each step; a step's tokens get differences of grades (Eq. 2).
+
+    Problems of --outcome-domains get one grade per trace, normalised in the group, in the same batch."""
+    whole = [i for i, p in enumerate(traces.problems) if p.domain in settings.outcome_domains]
+    by_step = [i for i, p in enumerate(traces.problems) if p.domain not in settings.outcome_domains]
+    starts = {i: step_starts(state.policy, traces.rollouts[i].token_ids) for i in by_step}
+    verdicts = (grade_whole(state, settings, traces, whole)
+                | grade_steps(state, settings, traces, by_step, starts))
+    batch = credit(settings, collate(traces.rollouts, state.device), verdicts, starts)
+    return replace(batch, metrics={"step_grades": mean_by_position([verdicts[i].grades for i in by_step])})
+
+
+def grpo(state: "State", settings: Settings, traces: Traces) -> Batch:
+    """Sparse GRPO: exact match 0/1 in the place of a grade. A Stage I baseline, and Stage II."""
+    verdicts, open_ = cut_off(settings, traces, range(len(traces.rollouts)))
+    verdicts |= {i: Verdict((float(traces.correct[i]),)) for i in open_}
+    return credit(settings, collate(traces.rollouts, state.device), verdicts)
+
+
+def sft(state: "State", settings: Settings, traces: Traces) -> Batch:
+    """Imitation: the reference is the trace and each of its tokens has advantage 1. At ratio 1 the gradient
+    is that of the negative log-likelihood."""
+    batch = collate(traces.rollouts, state.device)
+    return replace(batch, advantages=batch.mask.float())
+
+
+def distill(state: "State", settings: Settings, traces: Traces) -> Batch:
+    """On-policy self-distillation: the teacher is the frozen start, shown the reference in its prompt.
+
+    A_t = log pi_T - log pi_S on the sampled token, which makes the policy gradient that of the reverse KL per
+    token; each trace weighs the same. With --distill-kl full, `update` takes that KL over the vocabulary."""
+    batch = collate(traces.rollouts, state.device)
+    prompts = [hinted_prompt(state.policy, p) for p in traces.problems]
+    teacher = collate([replace(r, prompt_ids=tuple(prompt)) for r, prompt in zip(traces.rollouts, prompts)],
+                      state.device)
+    gap = torch.zeros_like(batch.sampled_logp)
+    # The same tokens behind two prompts: in row order, the flat entries of both are the same tokens.
+    gap[batch.mask] = (all_logprobs(state.reference, settings, teacher)[teacher.mask]
+                       - batch.sampled_logp[batch.mask])
+    lengths = batch.mask.sum(1, keepdim=True)
+    weights = batch.mask * (lengths.float().mean() / lengths.clamp(min=1))
+    full = settings.distill_kl == "full"
+    return replace(batch, advantages=weights if full else gap * weights, teacher=teacher if full else None,
+                   metrics={"teacher_kl": -float(gap.sum() / batch.mask.sum())})
+
+
+METHODS = {"outcome": outcome, "process": process, "grpo": grpo, "sft": sft, "distill": distill}
+
+
+def grade_whole(state, settings, traces, rows) -> dict[int, Verdict]:
+    """Row -> Verdict with one grade, for the traces at `rows`."""
+    verdicts, open_ = cut_off(settings, traces, rows)
+    given = state.judge.grade([state.shown[traces.problems[i].id] for i in open_],
+                              [traces.texts[i] for i in open_], "outcome")
+    return verdicts | dict(zip(open_, given))
+
+
+def grade_steps(state, settings, traces, rows, starts) -> dict[int, Verdict]:
+    """Row -> Verdict with a grade per step; none (advantage 0) for a trace cut off under --overlong zero."""
+    verdicts, open_ = cut_off(settings, traces, rows, Verdict((), CUT_OFF))
+    steps = []
+    for i in open_:
+        ids = traces.rollouts[i].token_ids
+        steps.append([state.policy.text(ids[a:b]) for a, b in zip(starts[i], [*starts[i][1:], len(ids)])])
+    given = state.judge.grade([state.shown[traces.problems[i].id] for i in open_], steps, settings.step_view)
+    for i, verdict in zip(open_, given):
+        if settings.overlong == "last" and not traces.rollouts[i].finished:
+            verdict = Verdict((*verdict.grades[:-1], 0.0), verdict.raw)
+        verdicts[i] = verdict
+    return verdicts
+
+
+CUT_OFF = "cut off at the length limit"
+
+
+def cut_off(settings, traces, rows, zero=Verdict((0.0,), CUT_OFF)) -> tuple[dict[int, Verdict], list[int]]:
+    """--overlong -> (verdicts of traces cut off, the rows that are to be graded)."""
+    given = {"zero": zero, "last": zero if zero.grades else None, "judge": None,
+             "drop": Verdict((math.nan,), CUT_OFF)}[settings.overlong]
+    verdicts = {i: given for i in rows if given and not traces.rollouts[i].finished}
+    return verdicts, [i for i in rows if i not in verdicts]
+
+
+def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], starts=None) -> Batch:
+    """Grades -> one advantage per token. Rows in `starts` (row -> the tokens at which steps open) have steps
+    and get --process-norm, the others a single grade and --norm."""
+    starts = starts or {}
+    verdicts = tuple(verdicts[i] for i in range(len(batch.lengths)))
+    step_ids = torch.where(batch.mask, 0, -1)
+    for i, begins in starts.items():
+        begins = begins[:max(1, len(verdicts[i].grades))]  # a trace that was not graded by step is one step
+        place = batch.mask[i].nonzero()[:, 0]
+        step_ids[i, place] = torch.bucketize(torch.arange(len(place)), torch.tensor(begins), right=True
+                                             ).to(place.device) - 1
+    n_steps = torch.tensor([len(v.grades) for v in verdicts], device=batch.mask.device)
+    grades = torch.zeros(len(verdicts), max(1, int(n_steps.max())), device=batch.mask.device)
+    for i, v in enumerate(verdicts):
+        grades[i, :len(v.grades)] = torch.tensor(v.grades)
+    advantages = torch.zeros_like(batch.sampled_logp)
+    for norm, stepwise in ((settings.norm, False), (settings.process_norm.replace("-", "_"), True)):
+        rows = torch.tensor([(i in starts) == stepwise for i in range(len(verdicts))]).to(batch.mask.device)
+        advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group, norm)
+        if stepwise and norm == "delta" and settings.step_credit == "score":
+            single = rows & (n_steps == 1)
+            advantages[single] = (grades[single, :1].nan_to_num() * batch.mask[single])
+    read = ~grades.isnan().any(1)
+    return replace(batch, advantages=advantages, step_ids=step_ids, verdicts=verdicts, read=read)
+
+
+def step_starts(lm: LM, token_ids) -> list[int]:
+    """The token at which each step of a trace opens. A line that starts with exactly three # opens one; what
+    stands before the first heading is a step, too. Fragments under MIN_STEP tokens join the next step, or the
+    last one; beyond MAX_STEPS the rest is one step."""
+    pieces = [lm.text([t]) for t in token_ids]  # text is never encoded back: steps are places in the ids
+    ends = np.cumsum([len(piece) for piece in pieces])
+    headings = [m.start() for m in HEADING.finditer("".join(pieces))]
+    starts = [0]
+    for token in np.searchsorted(ends, headings, side="right").tolist():
+        if token - starts[-1] >= MIN_STEP:
+            starts.append(token)
+    if len(starts) > 1 and len(pieces) - starts[-1] < MIN_STEP:
+        starts.pop()
+    return starts[:MAX_STEPS]
+
+
+HEADING = re.compile(r"^###(?!#)", re.MULTILINE)
+MIN_STEP, MAX_STEPS = 4, 32
+
+
+def references(state: "State", settings: Settings, questions: list[Problem], prompts) -> Traces:
+    """For SFT: each problem's reference, with the end token, as a trace of it."""
+    end = state.policy.tokenizer.eos_token_id
+    rollouts = []
+    for problem, prompt in zip(questions, prompts):
+        ids = state.policy.tokenizer.encode(problem.solution, add_special_tokens=False,
+                                            split_special_tokens=True)
+        kept = (*ids, end)[: settings.max_new_tokens]
+        rollouts.append(Rollout(tuple(prompt), kept, (0.0,) * len(kept), len(kept) > len(ids)))
+    return Traces.of(state.policy, questions, rollouts)
+
+
+TEACHER = (
+    "{question}\n\nHere is a worked solution. Study it until you see why it is right; then close it and "
+    "solve the problem in your own words, without mentioning it.\n\n{reference}"
+)
+
+
+def hinted_prompt(policy: LM, problem: Problem) -> list[int]:
+    """The teacher's prompt of self-distillation: the policy's own, with the reference behind the question."""
+    slots = {"{question}": problem.question, "{reference}": problem.solution}
+    return policy.chat(re.sub(r"\{(?:question|reference)\}", lambda m: slots[m[0]],
+                              policy.prompts.get("distill", TEACHER)))
+
+
+def mean_by_position(grades: list[tuple[float, ...]]) -> list[float | None]:
+    """Mean grade of the first, second, ... step, over the traces that have one which could be read."""
+    columns = [[g[k] for g in grades if len(g) > k and not math.isnan(g[k])]
+               for k in range(max(map(len, grades), default=0))]
+    return [mean(column) for column in columns]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loss and update
 
 
-def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
-    """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order.
+def hidden_states(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The state (M,d) from which each token at `mask` (N,T) was predicted, flat in row order.
 
     The one place that shifts by one. Rows are padded on the right and attention is causal, so no sampled
     token can see padding."""
+    return lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:]]
+
+
+def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
+    """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order."""
     with amp or nullcontext():
-        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        hidden = hidden[:, :-1][mask[:, 1:]]  # (M,d): the state before each sampled token predicts it
-        return token_logprob(hidden, lm.get_output_embeddings().weight, ids[:, 1:][mask[:, 1:]], temperature)
+        return token_logprob(hidden_states(lm, ids, mask), lm.get_output_embeddings().weight,
+                             ids[:, 1:][mask[:, 1:]], temperature)
 
 
 def policy_loss(logp, old_logp, advantages, ref_logp, settings: Settings):
@@ -286,66 +499,117 @@ def microbatches(rows: list[int], lengths: list[int], budget: int) -> list[list[
     return batches
 
 
-def update(state: "State", settings: Settings, batch: Batch) -> dict:
+def cut(batch: Batch, rows: list[int], settings: Settings):
+    """Micro-batches of `rows`: ids and mask (R,W), a function that takes a (N,T) tensor's entries at the mask
+    -> (M,), and the rows."""
+    for part in microbatches(rows, batch.lengths, settings.microbatch_tokens):
+        width = max(batch.lengths[row] for row in part)
+        mask = batch.mask[part, :width]
+
+        def take(tensor, part=part, width=width, mask=mask):
+            return tensor[part, :width][mask]
+
+        yield batch.ids[part, :width], mask, take, part
+
+
+def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     """`updates` optimizer updates, each over its share of the problems. Returns the loss's metrics."""
-    readable = ~batch.grades.isnan()
-    groups = torch.arange(len(batch.grades)).view(-1, settings.group)
+    temperature = loss_temperature(settings)
+    groups = torch.arange(len(batch.lengths)).view(-1, 1 if settings.method == "sft" else settings.group)
     shares = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if part.numel()]
-    totals = dict(tokens=0.0, entropy=0.0, kl=0.0, ratio_gap=0.0, clip_share=0.0)
+    totals = dict(tokens=0.0, entropy=0.0, kl=0.0, ratio_gap=0.0, clip_share=0.0, nll=0.0)
     norms = []
     # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
     # 1 and needs no pass; the later ones need theirs before the weights move.
-    old = [None] + [old_logprobs(state, settings, batch, share) for share in shares[1:]]
+    old = [None] + [all_logprobs(state.policy.model, settings, batch, share, state.amp())
+                    for share in shares[1:]]
     for share, old_logp in zip(shares, old):
-        share = [row for row in share if readable[row]]
+        share = [row for row in share if batch.read[row]]
         # Divide by the update's sampled tokens, not a micro-batch's: the split must not change the gradient.
         denominator = max(int(batch.mask[share].sum()), 1) if share else 1
-        # without a KL, a row without advantage has no gradient
-        moving = [row for row in share if settings.kl > 0 or batch.advantages[row].any()]
-        for rows in microbatches(moving, batch.lengths, settings.microbatch_tokens):
-            width = max(batch.lengths[row] for row in rows)
-            ids, mask = batch.ids[rows, :width], batch.mask[rows, :width]
-            logp, entropy = logprobs(state.policy.model, ids, mask, settings.temperature, state.amp())
-            ref_logp = None
-            if settings.kl > 0:
-                with torch.no_grad():
-                    ref_logp, _ = logprobs(state.reference, ids, mask, settings.temperature)
-            before = logp.detach() if old_logp is None else old_logp[rows, :width][mask]
-            loss, kl, clip_hit = policy_loss(logp, before, batch.advantages[rows, :width][mask], ref_logp,
-                                             settings)
-            (loss.sum() / denominator).backward()
-            gap = ((logp.detach() if old_logp is None else before)
-                   - batch.sampled_logp[rows, :width][mask]).exp() - 1
-            totals["tokens"] += len(loss)
-            totals["entropy"] += float(entropy.detach().sum())
-            totals["kl"] += float(kl.detach().sum())
-            totals["ratio_gap"] += float(gap.abs().sum())
-            totals["clip_share"] += float(clip_hit.sum())
-        norms.append(optimizer_step(state, settings))
+        # without a KL or an entropy bonus, a row without advantage has no gradient
+        always = settings.kl > 0 or settings.entropy_bonus > 0
+        moving = [row for row in share if always or batch.advantages[row].any()]
+        for ids, mask, take, rows in cut(batch, moving, settings):
+            advantages = take(batch.advantages)
+            if batch.teacher:
+                loss, logp, entropy = distillation_loss(state, settings, batch, ids, mask, rows)
+                kl = clip_hit = torch.zeros_like(loss)
+                loss, before = loss * advantages, logp
+            else:
+                logp, entropy = logprobs(state.policy.model, ids, mask, temperature, state.amp())
+                ref_logp = None
+                if settings.kl > 0:
+                    with torch.no_grad():
+                        ref_logp, _ = logprobs(state.reference, ids, mask, temperature)
+                before = logp.detach() if old_logp is None else take(old_logp)
+                loss, kl, clip_hit = policy_loss(logp, before, advantages, ref_logp, settings)
+            ((loss - settings.entropy_bonus * entropy).sum() / denominator).backward()
+            gap = ((logp.detach() if old_logp is None else before) - take(batch.sampled_logp)).exp() - 1
+            sums = dict(tokens=torch.tensor(len(loss)), entropy=entropy.sum(), kl=kl.sum(),
+                        ratio_gap=gap.abs().sum(), clip_share=clip_hit.sum(), nll=-logp.sum())
+            for name, value in sums.items():
+                totals[name] += float(value.detach())
+        norms.append(optimizer_step(state, settings, lr))
     tokens = max(totals.pop("tokens"), 1)
     finite = [norm for norm in norms if math.isfinite(norm)]
-    return {name: total / tokens for name, total in totals.items()} | {
+    metrics = {name: total / tokens for name, total in totals.items()} | {
         "grad_norm": mean(finite), "skipped_updates": len(norms) - len(finite)}
+    if settings.method == "sft":
+        return metrics | {"ratio_gap": None}  # nobody sampled these tokens
+    del metrics["nll"]
+    return metrics
+
+
+def distillation_loss(state: "State", settings: Settings, batch: Batch, ids, mask, rows):
+    """Reverse KL over the vocabulary, policy to teacher, per token (M,); log-prob and entropy for the log."""
+    teacher = batch.teacher
+    with torch.no_grad():
+        width = max(teacher.lengths[row] for row in rows)
+        hinted = hidden_states(state.reference, teacher.ids[rows, :width], teacher.mask[rows, :width])
+    with state.amp():
+        hidden = hidden_states(state.policy.model, ids, mask)
+        weight = state.policy.model.get_output_embeddings().weight
+        with torch.no_grad():
+            logp, entropy = token_logprob(hidden.detach(), weight, ids[:, 1:][mask[:, 1:]],
+                                          settings.temperature)
+        loss = reverse_kl(hidden, weight, hinted, state.reference.get_output_embeddings().weight,
+                          settings.temperature)
+    return loss, logp, entropy
 
 
 @torch.no_grad()
-def old_logprobs(state, settings, batch: Batch, share: list[int]) -> torch.Tensor:
-    """(N,T) log-probs of the rows in `share` under the present weights, zero elsewhere."""
+def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows=None, amp=None) -> torch.Tensor:
+    """(N,T) log-probs of the tokens of `rows` (default: all) under lm's present weights, zero elsewhere."""
     out = torch.zeros_like(batch.sampled_logp)
-    for rows in microbatches(share, batch.lengths, settings.microbatch_tokens):
-        width = max(batch.lengths[row] for row in rows)
-        ids, mask = batch.ids[rows, :width], batch.mask[rows, :width]
-        part = torch.zeros(mask.shape, device=out.device)
-        part[mask] = logprobs(state.policy.model, ids, mask, settings.temperature, state.amp())[0]
-        out[rows, :width] = part
+    for ids, mask, _, part in cut(batch, list(range(len(batch.lengths)) if rows is None else rows), settings):
+        values = torch.zeros(mask.shape, device=out.device)
+        values[mask] = logprobs(lm, ids, mask, settings.temperature, amp)[0]
+        out[part, :mask.shape[1]] = values
     return out
 
 
-def optimizer_step(state, settings) -> float:
+def loss_temperature(settings: Settings) -> float:
+    """That of sampling, so that the sampled distribution is the trained one; SFT imitates at 1."""
+    return 1.0 if settings.method == "sft" else settings.temperature
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Of a step (1-based): a linear rise over the warm-up's share of steps, then constant or cosine to 0."""
+    warm = round(settings.warmup * settings.steps)
+    if step <= warm:
+        return settings.lr * step / warm
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warm) / max(settings.steps - warm, 1)))
+
+
+def optimizer_step(state, settings, lr: float) -> float:
     """Clip, step, and copy the masters into the sampling weights. A non-finite gradient skips the step."""
     state.interrupts.defer()  # from here to the log line of this step nothing may come between
     norm = float(torch.nn.utils.clip_grad_norm_(state.policy.model.parameters(), settings.grad_clip))
     if math.isfinite(norm):
+        state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.step()
         state.refresh_sampling_weights()
     state.bad_updates = 0 if math.isfinite(norm) else state.bad_updates + 1
@@ -363,9 +627,10 @@ class State:
     sampling: torch.nn.Module  # what samples: a persistent low-precision copy, or the masters themselves
     sampler: Sampler
     judge: Judge | None
-    reference: torch.nn.Module | None  # the frozen start, for the KL; shared with the judge if it is the same
+    reference: torch.nn.Module | None  # the frozen start, for KL and teacher; the judge too if it is the same
     optimizer: torch.optim.Optimizer
     train: list[Problem]
+    shown: dict[str, Problem]  # by id, with the reference that the judge is to see
     held_out: list[Problem]
     device: str
     dtype: torch.dtype
@@ -395,7 +660,8 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     bad_rows = dict(skip_bad_rows=settings.skip_bad_rows)
-    train = problems_or_exit(settings.data, "train", need_solution=settings.method != "grpo", **bad_rows)
+    sees_solution = settings.method != "grpo" and settings.reference != "none"
+    train = problems_or_exit(settings.data, "train", need_solution=sees_solution, **bad_rows)
     held_out = []
     if settings.eval_data:
         held_out = problems_or_exit(settings.eval_data, "test", **bad_rows)[: settings.eval_limit]
@@ -413,19 +679,22 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
     if dtype != torch.float32:
         sampling = copy.deepcopy(policy.model).to(dtype).requires_grad_(False).eval()
     judge, reference = None, None
-    own_judge = settings.method != "grpo" and resolve_model(settings.judge) != resolve_model(settings.model)
-    if settings.kl > 0 or (settings.method != "grpo" and not own_judge):
+    judged = settings.method in JUDGED
+    own_judge = judged and resolve_model(settings.judge) != resolve_model(settings.model)
+    if settings.kl > 0 or settings.method == "distill" or (judged and not own_judge):
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
-    if settings.method != "grpo":
+    if judged:
         lm = load_lm(settings.judge, device, dtype) if own_judge else reference
         lm.model.requires_grad_(False)
         judge = Judge(lm.model, lm.tokenizer, lm.prompts, settings.readout or None,
                       max_rows=settings.max_rows)
+        judge.check_view(settings.step_view if settings.method == "process" else "outcome")
+    shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr,
                                   weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True)
     return State(policy, sampling, Sampler(sampling, settings.max_rows), judge,
-                 reference and reference.model, optimizer, train, held_out, device, dtype)
+                 reference and reference.model, optimizer, train, shown, held_out, device, dtype)
 
 
 def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
@@ -593,7 +862,7 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
         except BaseException as error:
             if isinstance(error, Stop) and error.records:
                 append(rollouts_file, error.records)
-            if state.step and not state.interrupts.deferred:  # the weights are those of the last completed step
+            if state.step and not state.interrupts.deferred:  # the weights are the last completed step's
                 save_checkpoint(state, run, settings)
             raise
 
@@ -602,7 +871,7 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     """pass@k on the held-out problems -> a line of metrics.jsonl, the traces into evaluations/."""
     state.phase = "evaluating"
     # Always the same noise: before and after differ by the weights alone.
-    lm = dataclasses.replace(state.policy, model=state.sampling)
+    lm = replace(state.policy, model=state.sampling)
     total = len(state.held_out) * settings.eval_n
     with tqdm(total=total, unit="trace", leave=False, disable=None,
               desc=f"evaluating, step {state.step}") as inner:
@@ -619,17 +888,17 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
 
 def report(bar, metrics: dict, records: list[dict], settings: Settings) -> None:
     """The terminal: a live line, or without a terminal a plain line per step; and a trace now and then."""
-    names = ("score", "accuracy", "length", "unread", "sample_tok_s")
-    shown = {n: f"{metrics[n]:.3g}" for n in names if metrics[n] is not None}
+    names = ("score", "accuracy", "nll", "teacher_kl", "length", "unread", "sample_tok_s")
+    shown = {n: f"{metrics[n]:.3g}" for n in names if metrics.get(n) is not None}
     bar.set_postfix(shown)
     bar.update()
     if bar.disable:
         print(f"step {metrics['step']}/{settings.steps} " + " ".join(f"{n} {v}" for n, v in shown.items())
               + f" {metrics['seconds']:.1f}s", flush=True)
-    if settings.show_every and metrics["step"] % settings.show_every == 0:
+    if records and settings.show_every and metrics["step"] % settings.show_every == 0:
         record = records[metrics["step"] % len(records)]
-        grade = "unread" if record["grades"][0] is None else f"{1 + 4 * record['grades'][0]:.2f} of 5"
-        bar.write(f"--- step {metrics['step']}, {record['problem']}: grade {grade}, "
+        grades = " ".join("unread" if g is None else f"{1 + 4 * g:.2f}" for g in record["grades"])
+        bar.write(f"--- step {metrics['step']}, {record['problem']}: {grades and f'grade {grades} of 5, '}"
                   f"{'right' if record['correct'] else 'wrong'}\n{record['text'].strip()}\n---")
 
 
@@ -673,7 +942,12 @@ def none_for_nan(values) -> list:
 
 
 def count_headings(text: str) -> int:
-    return len(re.findall(r"^###(?!#)", text, flags=re.MULTILINE))
+    return len(HEADING.findall(text))
+
+
+def mean_score(verdicts) -> float | None:
+    """Over the traces that could be read, the mean of their grades' means; None without any."""
+    return mean([float(np.mean(v.grades)) for v in verdicts if v.grades and not np.isnan(v.grades).any()])
 
 
 def peak_gb(device: str) -> float:
@@ -708,8 +982,11 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     parser.add_argument("--preset", choices=PRESETS, help="a set of defaults: " + ", ".join(PRESETS))
     parser.add_argument("--resume", type=Path, metavar="RUN",
                         help="go on from the newest checkpoint of this run's folder")
-    choices = dict(method=("outcome", "grpo"), overlong=("zero", "judge", "drop"), norm=("std", "mean"),
-                   readout=READOUTS, dtype=("auto", "float32", "bfloat16"))
+    choices = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=("std", "mean"),
+                   process_norm=("delta", "end", "step-mean"), step_view=("prefix", "segment"),
+                   step_credit=("zero", "score"), reference=("right", "none", "wrong"),
+                   distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
+                   dtype=("auto", "float32", "bfloat16"))
     for f in dataclasses.fields(Settings):
         flag = "--" + f.name.replace("_", "-")
         text = (f"{helps[f.name]} (default: {f.default if f.default not in ('', ()) else 'see text'})"
@@ -734,16 +1011,18 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
             parser.error(f"--resume continues the same run: --{moved[0].replace('_', '-')} cannot change")
     else:
         preset = preset or ("miniature" if "model" not in given else None)
-        base = PRESETS[preset] if preset else {}
+        chosen = PRESETS.get(preset, {"": {}})
+        method = given.get("method", chosen[""].get("method", Settings.method))
+        base = METHOD_DEFAULTS.get(method, {}) | chosen[""] | chosen.get(method, {})
         if preset == "miniature" and "data" in given and "eval_data" not in given:
             base = {**base, "eval_data": ()}
     settings = Settings(**{**base, **given})
     if not settings.model:
         parser.error("--model is missing: this preset needs one")
     if not settings.judge:
-        settings = dataclasses.replace(settings, judge=settings.model)
+        settings = replace(settings, judge=settings.model)
     if not settings.eval_data and settings.data == Settings.data:
-        settings = dataclasses.replace(settings, eval_data=settings.data)  # the same data set's test split
+        settings = replace(settings, eval_data=settings.data)  # the same data set's test split
     problem = complaint(settings)
     if problem:
         parser.error(problem)
@@ -760,13 +1039,15 @@ def complaint(s: Settings) -> str:
         return "--temperature must be above 0: greedy traces of a problem are all the same"
     if s.group < 2:
         return "--group must be at least 2: a trace is compared with the others of its problem"
+    if s.updates > 1 and s.method in ("sft", "distill"):
+        return f"--method {s.method} has no ratio to clip: --updates must be 1"
     if s.updates > s.questions:
         return "--updates cannot exceed --questions: each update needs a problem of its own"
     if max(s.eval_k) > s.eval_n or min(s.eval_k) < 1:
         return f"--eval-k must lie between 1 and --eval-n {s.eval_n}"
-    if (not s.lr > 0 or s.kl < 0 or not 0 <= s.clip_low < 1 or s.clip_high < 0 or s.dual_clip <= 1
+    if (not s.lr > 0 or s.kl < 0 or not 0 <= s.clip_low <= 1 or s.clip_high < 0 or s.dual_clip <= 1
             or s.grad_clip <= 0):
-        return ("need --lr > 0, --kl >= 0, 0 <= --clip-low < 1, --clip-high >= 0, --dual-clip > 1, "
+        return ("need --lr > 0, --kl >= 0, 0 <= --clip-low <= 1, --clip-high >= 0, --dual-clip > 1, "
                 "--grad-clip > 0")
     return ""
 
@@ -843,7 +1124,7 @@ def main(argv=None) -> None:
                          f"then: python exprl.py --resume {run}\n({str(error).splitlines()[0]})") from error
     print(closing_table(run, settings))
     print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
-    if settings.model == PRESETS["miniature"]["model"]:
+    if settings.model == PRESETS["miniature"][""]["model"]:
         print("next: the same with sparse rewards, to compare:  python exprl.py --method grpo\n"
               "      on a real model:                           "
               "python exprl.py --model Qwen2.5-0.5B-Instruct")

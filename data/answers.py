@@ -2,8 +2,9 @@ r"""Is this answer right, and what do many verdicts say: exact match, pass@k, bo
 
 The answer of a text is its last \boxed{...} (balanced braces; or \fbox), else its last number. Plain decimals
 are compared here, exactly and in microseconds ("$1,000.00" is "1000", "051283" is "51283", "3e8" is
-"3 \times 10^{8}"); so are identical strings, and words ("\text{even}" is "Even"). Everything else (fractions,
-roots, tuples, intervals, percent, units) goes to math-verify, which reads LaTeX.
+"3 \times 10^{8}"); so are identical strings, words ("\text{even}" is "Even") and named numbers ("x=1, y=2" is
+"y=2, x=1"). Everything else (fractions, roots, tuples, intervals, percent, units) goes to math-verify, which
+reads LaTeX.
 
 math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for years inside one C call, where
 no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces:
@@ -95,7 +96,7 @@ def is_correct(text: str, answer: str) -> bool:
         return guess == gold != ""
     if max(len(guess), len(gold)) > MAX_ANSWER:
         return False
-    for read in (_decimal, _words):
+    for read in (_decimal, _words, _named):
         ours, theirs = read(gold), read(guess)
         if ours is not None and theirs is not None:
             return ours == theirs
@@ -123,6 +124,14 @@ def _decimal(answer: str) -> Decimal | None:
 def _words(answer: str) -> str | None:
     """Words are compared as such (to math-verify "silent" is a product of symbols, equal to "listen")."""
     return " ".join(answer.split()).casefold() if _WORDS.fullmatch(answer) else None
+
+
+def _named(answer: str) -> dict | None:
+    """"x = 1, y=2" -> {"x": 1, "y": 2}: named plain decimals, in any order, two or more; else None."""
+    entries = [entry.partition("=") for entry in re.split(r"[,;](?!\d{3})", answer)]
+    named = {name.strip(): _decimal(value.strip()) for name, _, value in entries}
+    sound = 1 < len(named) == len(entries) and all(map(str.isidentifier, named))
+    return named if sound and None not in named.values() else None
 
 
 @lru_cache(maxsize=16384)  # a group's traces give the same answers again and again

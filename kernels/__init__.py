@@ -4,7 +4,8 @@ The PyTorch version serves the CPU and machines without Triton, the Triton versi
 as a program (`python kernels/token_logprob.py`) checks its results against float64, then times itself.
 """
 
+from .reverse_kl import reverse_kl
 from .token_advantages import token_advantages
 from .token_logprob import token_logprob
 
-__all__ = ["token_advantages", "token_logprob"]
+__all__ = ["reverse_kl", "token_advantages", "token_logprob"]

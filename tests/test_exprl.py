@@ -24,17 +24,8 @@ from sample import Rollout
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy, a judge and data on disk, with the flags that use them."""
-    home = tmp_path_factory.mktemp("world")
-    tiny.save(home / "policy", seed=1)
-    tiny.save(home / "judge", seed=2, spread=0.5)
-    tiny.problems_file(home / "train.jsonl", 7)
-    tiny.problems_file(home / "eval.jsonl", 3)
-    flags = ["--model", home / "policy", "--judge", home / "judge", "--data", home / "train.jsonl",
-             "--questions", 3, "--group", 4, "--max-new-tokens", 12, "--lr", 1e-3, "--kl", 0.01,
-             "--overlong", "judge", "--show-every", 2, "--eval-every", 0, "--temperature", 1.0,
-             "--microbatch-tokens", 4000, "--device", "cpu"]
-    return home, [str(f) for f in flags]
+    home, flags = tiny.training_world(tmp_path_factory.mktemp("world"))
+    return home, [*flags, "--overlong", "judge"]
 
 
 def build(world, *more):
@@ -117,24 +108,8 @@ def made_up_batch(state, settings, grades):
             state.policy.model, torch.tensor([r.prompt_ids + r.token_ids]),
             torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0)[0].tolist()))
             for r in rollouts]
-    return exprl.collate(rollouts, [Verdict((g,)) for g in grades], settings, "cpu")
-
-
-def gradient(state, settings, batch):
-    grads = []
-    state.policy.model.zero_grad()
-
-    def capture(*_):
-        grads.append([p.grad.double().clone() if p.grad is not None else torch.zeros_like(p).double()
-                      for p in state.policy.model.parameters()])
-        return 1.0
-
-    original, exprl.optimizer_step = exprl.optimizer_step, capture
-    try:
-        metrics = exprl.update(state, settings, batch)
-    finally:
-        exprl.optimizer_step = original
-    return grads[0], metrics
+    verdicts = {i: Verdict((g,)) for i, g in enumerate(grades)}
+    return exprl.credit(settings, exprl.collate(rollouts, "cpu"), verdicts)
 
 
 GRADES = [0.0, 1.0, 0.25, 0.5, math.nan, 0.2, 0.9, 0.3, 0.5, 0.5, 0.5, 0.5]
@@ -143,9 +118,9 @@ GRADES = [0.0, 1.0, 0.25, 0.5, math.nan, 0.2, 0.9, 0.3, 0.5, 0.5, 0.5, 0.5]
 def test_gradient_does_not_depend_on_microbatches_and_matches_the_plain_loss(world):
     state, settings = build(world)
     batch = made_up_batch(state, settings, GRADES)
-    whole, metrics = gradient(state, dataclasses.replace(settings, microbatch_tokens=10**6), batch)
+    whole, metrics = tiny.gradient(state, dataclasses.replace(settings, microbatch_tokens=10**6), batch)
     for budget in (1, 60, 150):
-        split, same = gradient(state, dataclasses.replace(settings, microbatch_tokens=budget), batch)
+        split, same = tiny.gradient(state, dataclasses.replace(settings, microbatch_tokens=budget), batch)
         for a, b in zip(whole, split):
             assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
         assert same == pytest.approx(metrics, rel=1e-3, abs=1e-5)
@@ -180,14 +155,15 @@ def test_unread_rows_leave_loss_and_statistics(world):
     assert batch.advantages[6].max().item() == pytest.approx(expected, rel=1e-4)
     assert not batch.advantages[8:].any()  # equal grades
     nothing = made_up_batch(state, settings, [math.nan] * 12)
-    grads, _ = gradient(state, settings, nothing)
+    grads, _ = tiny.gradient(state, settings, nothing)
     assert not any(g.any() for g in grads)
 
 
 def test_the_end_token_is_trained(world):
     state, settings = build(world)
     rollout = Rollout((1, 2, 3), (7, 8, 256), (-1.0, -1.0, -1.0), True)
-    batch = exprl.collate([rollout] * 4, [Verdict((g,)) for g in (0, 1, 0, 1)], settings, "cpu")
+    batch = exprl.credit(settings, exprl.collate([rollout] * 4, "cpu"),
+                         {i: Verdict((g,)) for i, g in enumerate((0.0, 1.0, 0.0, 1.0))})
     assert batch.mask[0].tolist() == [False] * 3 + [True] * 3 and batch.advantages[1, 5] > 0
 
 
@@ -221,7 +197,8 @@ def test_a_grade_of_a_cut_trace(world):
     for overlong, check in (("zero", lambda g: g == 0), ("drop", math.isnan), ("judge", lambda g: 0 < g < 1)):
         state, settings = build(world, "--overlong", overlong)
         cut = Rollout((1,), (2, 3), (-1.0, -1.0), False)
-        verdicts = exprl.grade(state, settings, state.train[:1], [cut], ["x"], [False])
+        traces = exprl.Traces(state.train[:1], [cut], ["x"], [False])
+        verdicts = exprl.grade_whole(state, settings, traces, [0])
         assert check(verdicts[0].grades[0])
 
 

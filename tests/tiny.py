@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import sample  # noqa: F401  first of all: see the note on the name `kernels` in sample.py
+import exprl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -59,6 +60,38 @@ def problems_file(path: Path, rows: int = 12) -> Path:
               "answer": str(2 * i), "domain": "math"} for i in range(rows)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def training_world(home: Path) -> tuple[Path, list[str]]:
+    """A policy, a judge and data on disk, with the flags of exprl.py that use them."""
+    save(home / "policy", seed=1)
+    save(home / "judge", seed=2, spread=0.5)
+    problems_file(home / "train.jsonl", 7)
+    problems_file(home / "eval.jsonl", 3)
+    flags = ["--model", home / "policy", "--judge", home / "judge", "--data", home / "train.jsonl",
+             "--questions", 3, "--group", 4, "--max-new-tokens", 12, "--lr", 1e-3, "--kl", 0.01,
+             "--show-every", 2, "--eval-every", 0, "--temperature", 1.0, "--microbatch-tokens", 4000,
+             "--device", "cpu"]
+    return home, [str(f) for f in flags]
+
+
+def gradient(state, settings, batch):
+    """What exprl.update would hand to the optimizer, in float64, and its metrics."""
+    grads = []
+    state.policy.model.zero_grad()
+
+    def capture(*_):
+        grads.append([p.grad.double().clone() if p.grad is not None else torch.zeros_like(p).double()
+                      for p in state.policy.model.parameters()])
+        return 1.0
+
+    original, exprl.optimizer_step = exprl.optimizer_step, capture
+    try:
+        metrics = exprl.update(state, settings, batch, settings.lr)
+    finally:
+        exprl.optimizer_step = original
+    state.policy.model.zero_grad()
+    return grads[0], metrics
 
 
 def run(*command, check=True, env=None, **kwargs) -> subprocess.CompletedProcess:
