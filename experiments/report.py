@@ -98,7 +98,7 @@ def glossary() -> dict[str, str]:
     """README's table of metrics: name -> meaning and healthy range."""
     readme = (ROOT / "README.md").read_text()
     return {name: (meaning + f" · healthy: {healthy}" * bool(healthy)).replace("`", "")
-            for names, meaning, healthy in re.findall(r"^\| ([\w@, ]+) \| (.*?) \| (.*?) ?\|$", readme, re.M)
+            for names, meaning, healthy in re.findall(r"^\| ([\w@/, ]+) \| (.*?) \| (.*?) ?\|$", readme, re.M)
             for name in names.split(", ")}
 
 
