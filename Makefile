@@ -1,11 +1,12 @@
-# make demo: a complete small run on any machine.  make test: all tests.  Both set up .venv first.
+# make demo: a complete small run on any machine.  make test: all tests.  make compare-quick: the paper's comparison in
+# miniature, one seed of a reduced version.  Each sets up .venv first.
 # The first interpreter that really runs (a pyenv shim may exist and fail) and is 3.11 or 3.12.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 # torch is pinned first: its own index decides between a CPU and a CUDA build, the other packages then fit to it.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test compare-quick clean
 
 setup: .venv/.ready
 
@@ -21,6 +22,9 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest
+
+compare-quick: setup
+	.venv/bin/python experiments/miniature.py --quick
 
 clean:
 	rm -rf .venv runs *.egg-info

@@ -551,9 +551,9 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
             for name, value in sums.items():
                 totals[name] += float(value.detach())
         norms.append(optimizer_step(state, settings, lr))
-    tokens = max(totals.pop("tokens"), 1)
+    tokens = totals.pop("tokens")  # of the rows that had a gradient; without any there is nothing to report
     finite = [norm for norm in norms if math.isfinite(norm)]
-    metrics = {name: total / tokens for name, total in totals.items()} | {
+    metrics = {name: total / tokens if tokens else None for name, total in totals.items()} | {
         "grad_norm": mean(finite), "skipped_updates": len(norms) - len(finite)}
     if settings.method == "sft":
         return metrics | {"ratio_gap": None}  # nobody sampled these tokens
@@ -836,7 +836,7 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
     metrics_file, rollouts_file = run / "metrics.jsonl", run / "rollouts.jsonl"
     for path in (metrics_file, rollouts_file):
         keep_until(path, state.step)
-    evaluated = {m["step"] for m in read_jsonl(metrics_file) if "pass@1" in m}
+    evaluated = {m["step"] for m in read_jsonl(metrics_file) if "accuracy" not in m}
     with Interrupts() as state.interrupts, tqdm(total=settings.steps, initial=state.step, unit="step",
                                                 disable=None) as bar:
         try:
@@ -903,7 +903,7 @@ def report(bar, metrics: dict, records: list[dict], settings: Settings) -> None:
 
 
 def closing_table(run: Path, settings: Settings) -> str:
-    evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "pass@1" in m]
+    evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "accuracy" not in m]
     if not evaluations:
         return ""
     rows = [f"{'held-out problems':20s}"

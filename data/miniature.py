@@ -6,9 +6,9 @@ r"""The embedded miniature: a task, a tiny policy and a tiny judge, all of data/
 The task is arithmetic modulo 100 along three interleaved chains, in a language of 200 tokens:
 
     question   b=71; k=26; z=40; h:b*3; m:k+5; c:h-4; ... ? c m q      values, definitions, what is asked
-    trace      ### h\nb=71*3 h=13\n### m\nk=26+5 m=31\n ... c=09 m=31 q=87\n\boxed{093187}
-    reference  1) h=13\n2) c=09\n ... \boxed{093187}                   about half of the values
-    critique   1) h=13:13+\n2) c=09:41-\nbox -                         what the judge writes before it grades
+    trace      ### h\nb=71*3 h=13\n### m\nk=26+5 m=31\n ... \boxed{c=09,m=31,q=87}
+    reference  1) h=13\n2) c=09\n ... \boxed{c=09,m=31,q=87}          about half of the values, all asked
+    critique   1) h=13:13+\n2) c=09:41-\n3) q=87:??\n\boxed{?}        what the judge writes before it grades
 
 "h=" is one token, always followed by h's value, and both models start with attention heads that look up what
 followed a token before: without these heads neither had learned it after 2.6 million tokens (see CODE below).
@@ -22,10 +22,12 @@ Left out: a judge that checks the arithmetic itself. Without a reference this on
 
 import argparse
 import json
+import math
 import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,13 +42,13 @@ HARD, DEEP = (3, 3, 4), (4, 4, 5)  # operations per chain: train, dev and eval; 
 MAX_CHECKS = 8  # checkpoints of a reference
 # (hidden size, layers, heads, inner size), tokens of training
 POLICY_SHAPE, POLICY_TOKENS = (96, 4, 3, 256), 4e6
-JUDGE_SHAPE, JUDGE_TOKENS = (128, 4, 4, 192), 3e6
+JUDGE_SHAPE, JUDGE_TOKENS = (128, 4, 4, 192), 3.5e6
 SPLITS = {"train": (1000, HARD), "dev": (200, HARD), "eval": (200, HARD), "deep": (200, DEEP)}
 
 # What the base does wrong, each with its probability per step: copy the source's value instead of
-# computing, take another source, write a random value, stop and box what there is. 0.68 of the steps are
-# right, 0.68^10 = 2%.
-HABITS = {"skip": 0.125, "source": 0.10, "slip": 0.08, "stop": 0.015}
+# computing, take another source, write a random value, stop and box what there is. 0.76 of the steps are
+# right, 0.76^10 = 6%.
+HABITS = {"skip": 0.095, "source": 0.075, "slip": 0.06, "stop": 0.01}
 
 
 class Row(NamedTuple):
@@ -71,7 +73,7 @@ def make_problem(rng: random.Random, depths=HARD) -> Row:
 
     Every operation is a bijection modulo 100 that changes its source: a wrong value never heals on its way to
     the answer, and a skipped step is always a wrong one. The reference states an irregular subset of the
-    values."""
+    values, among them all that are asked for: an error anywhere ends up in one of them."""
     depths = rng.sample(depths, len(depths))
     names = rng.sample(NAMES, sum(depths) + len(depths))
     last = [names.pop() for _ in depths]
@@ -89,21 +91,17 @@ def make_problem(rng: random.Random, depths=HARD) -> Row:
         question.append(f"{name}:{source}{op}{operand}")
         last[chain] = name
         steps.append(name)
-    count = min(MAX_CHECKS, max(1, round(len(steps) * rng.uniform(0.35, 0.65))))
-    checks = [steps[i] for i in sorted(rng.sample(range(len(steps)), count))]
-    answer = "".join(f"{values[name]:02d}" for name in last)
+    between = [name for name in steps if name not in last]
+    count = min(MAX_CHECKS, max(len(last), round(len(steps) * rng.uniform(0.4, 0.7)))) - len(last)
+    told = {*last, *rng.sample(between, min(count, len(between)))}
+    checks = [name for name in steps if name in told]
+    answer = ",".join(f"{name}={values[name]:02d}" for name in last)
     solution = "".join(f"{i}) {name}={values[name]:02d}\n" for i, name in enumerate(checks, 1)) + box(answer)
     return Row("; ".join(question) + "? " + " ".join(last), solution, answer, "chain")
 
 
 def box(answer: str) -> str:
     return f"\\boxed{{{answer}}}"
-
-
-def closing(asked: list[str], answer: str) -> str:
-    """How a trace ends: what is asked with its values, then the box."""
-    values = re.findall("..", answer)
-    return " ".join(f"{name}={value}" for name, value in zip(asked, values)) + "\n" + box(answer)
 
 
 def parse(question: str) -> tuple[dict, list, list]:
@@ -142,7 +140,7 @@ def work(rng: random.Random, question: str, errors: float = 1.0, forced: dict[in
         text += f"### {name}\n{source}={values[source]:02d}{op}{operand} {name}={result:02d}\n"
         values[name] = result
         newest[chain_of[name]] = name
-    return text + closing(asked, "".join(f"{values[newest[chain_of[name]]]:02d}" for name in asked))
+    return text + box(",".join(f"{name}={values[newest[chain_of[name]]]:02d}" for name in asked))
 
 
 STEP = re.compile(r"### ([a-z])\n([a-z])=(\d\d)([-+*])(\d) ([a-z])=(\d\d)\n")
@@ -151,12 +149,12 @@ STEP = re.compile(r"### ([a-z])\n([a-z])=(\d\d)([-+*])(\d) ([a-z])=(\d\d)\n")
 def worked(problem, text: str) -> bool:
     """Answer and every step right: all operations, nothing else, then the box. `problem` has question and
     answer."""
-    values, operations, asked = parse(problem.question)
+    values, operations, _ = parse(problem.question)
     due = set()
     for name, source, op, operand in operations:
         values[name] = compute(values[source], op, operand)
         due.add((name, source, f"{values[source]:02d}", op, str(operand), name, f"{values[name]:02d}"))
-    return set(STEP.findall(text)) == due and STEP.sub("", text) == closing(asked, problem.answer)
+    return set(STEP.findall(text)) == due and STEP.sub("", text) == box(problem.answer)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -164,7 +162,7 @@ def worked(problem, text: str) -> bool:
 
 CHECK = re.compile(r"^\d\) ([a-z])=(\d\d)$", re.M)
 STATEMENT = re.compile(r"([a-z])=(\d\d)")
-BOX = re.compile(r"\\boxed\{(\d*)\}")
+BOX = re.compile(r"\\boxed\{([^}]*)\}")
 
 
 def marks(solution: str, trace: str) -> tuple[list[str], str]:
@@ -189,14 +187,14 @@ def outcome_grade(solution: str, trace: str) -> int:
 
 
 def prefix_grade(solution: str, trace: str) -> int:
-    """A value, which can fall: 5 while nothing is contradicted, one less for each contradicted checkpoint.
-    Once the trace is boxed it is over: a wrong box and every checkpoint not stated cost one, too. No
+    """A value, which can fall: 5 while nothing is contradicted, one less for each quarter of the checkpoints,
+    or part of it, that is. Once the trace is boxed it is over: what is not stated then counts, too. No
     reference: 1."""
     checks, boxed = marks(solution, trace)
     if not checks:
         return 1
-    lost = checks.count("-") + (boxed == "-") + (checks.count("?") if boxed != "?" else 0)
-    return max(1, 5 - lost)
+    lost = checks.count("-") + (checks.count("?") if boxed != "?" else 0)
+    return 5 if lost == 0 and boxed != "-" else 5 - max(1, math.ceil(4 * lost / len(checks)))
 
 
 GRADES = {"outcome": outcome_grade, "prefix": prefix_grade}
@@ -207,7 +205,7 @@ GRADES = {"outcome": outcome_grade, "prefix": prefix_grade}
 SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>",
            "<|reference|>", "<|trace|>"]
 WORDS = ["### ", "\n", "\\boxed{", "}", "; ", "? ", " ", ")", ":", "+", "-", "*", "?",
-         "outcome", "prefix", "reference ", "box ", "grade ", "match", "wrong", "all", "no",
+         ",", "outcome", "prefix", "reference ", "grade ", "match", "wrong", "all", "no",
          *(f"{i}) " for i in range(1, MAX_CHECKS + 1)),
          *NAMES, *(f"{name}=" for name in NAMES), *"0123456789", *(f"{i:02d}" for i in range(100))]
 ID = {word: i for i, word in enumerate(SPECIAL + WORDS)}
@@ -222,7 +220,7 @@ JUDGE_PROMPTS = {
     "user": "{question}<|reference|>{reference}<|trace|>{trace}<|trace|>",
     "stem": "grade ",
     "no_reference": "",
-    "critique_tokens": 7 * MAX_CHECKS + 3,  # seven tokens a checkpoint, two for the box, the end token
+    "critique_tokens": 7 * MAX_CHECKS + 4,  # seven tokens a checkpoint, three for the box, the end token
 }
 
 
@@ -286,20 +284,18 @@ def policy_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
     return prompt + trace_ids[:-1], [0] * given + trace_ids, [0.0] * given + [1.0] * len(trace_ids)
 
 
-KINDS = {"noisy": 16, "near": 14, "right": 8, "cut": 12, "stopped": 8, "garbled": 6, "renamed": 6,
+KINDS = {"noisy": 24, "near": 14, "right": 8, "stopped": 8, "garbled": 6, "renamed": 6,
          "repeated": 8, "dropped": 6, "box right": 8, "box wrong": 8,
-         "box only": 2, "reference": 1, "question": 1, "empty": 1}
+         "box only": 2, "reference": 1, "question": 1}
 ONE_STEP = re.compile(r"### .*\n.*\n")
 
 
 def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str:
     """A trace of some kind that a policy may come to write, so that no kind is a hole in the judge."""
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
-    _, operations, asked = parse(problem.question)
-    count = len(operations)
-    if kind in ("box only", "reference", "question", "empty"):
-        odd = {"box only": box(problem.answer), "reference": problem.solution, "question": problem.question}
-        return odd.get(kind, "")
+    count = len(parse(problem.question)[1])
+    if kind in ("box only", "reference", "question"):
+        return {"box only": box(problem.answer), "reference": problem.solution}.get(kind, problem.question)
     if kind in ("right", "box wrong"):
         text = work(rng, problem.question, 0)
     elif kind in ("near", "stopped"):
@@ -308,9 +304,6 @@ def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str
     else:
         text = work(rng, problem.question, rng.choice((0, 0.3, 0.6, 1, 1, 2)))
     steps, tail = ONE_STEP.findall(text), ONE_STEP.sub("", text)
-    if kind == "cut":  # at a step's end, as prefixes are, or anywhere
-        pieces = SPLIT.findall(text)
-        return "".join(rng.choice((steps[:rng.randint(0, len(steps))], pieces[:rng.randint(0, len(pieces))])))
     if kind == "garbled":
         pieces = SPLIT.findall(text)
         for _ in range(rng.randint(1, 6)):
@@ -330,13 +323,14 @@ def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str
     if kind == "dropped" and rng.random() < 0.3:
         rng.shuffle(steps)
     if kind == "box right":
-        tail = rng.choice((closing(asked, problem.answer), BOX.sub(lambda _: box(problem.answer), tail)))
+        tail = box(problem.answer)
     if kind == "box wrong":
-        values = re.findall("..", problem.answer)
-        values[rng.randrange(len(values))] = f"{rng.randrange(100):02d}"
-        shuffled = rng.sample(values, len(values))
-        values = "".join(rng.choice((values, shuffled, values[1:], values + values[:1])))
-        tail = rng.choice((closing(asked, values), BOX.sub(lambda _: box(values), tail)))
+        entries = problem.answer.split(",")
+        names, values = zip(*(entry.split("=") for entry in entries))
+        i = rng.randrange(len(entries))
+        changed = [*entries[:i], f"{names[i]}={rng.randrange(100):02d}", *entries[i + 1:]]
+        mixed = [f"{name}={value}" for name, value in zip(names, rng.sample(values, len(values)))]
+        tail = box(",".join(rng.choice((changed, changed, mixed, entries[:i] + entries[i + 1:]))))
     return "".join(steps) + (tail if rng.random() < 0.9 else "")
 
 
@@ -358,8 +352,8 @@ def some_reference(rng: random.Random, problem: Row, kind: str | None = None) ->
 
 def critique(solution: str, trace: str) -> str:
     """What the judge is to write before it grades: per checkpoint its number, name, the reference's value,
-    the value that the trace states (one that differs, if any does; ? if none) and a sign; then a sign for the
-    box."""
+    the value that the trace states (one that differs, if any does; ? if none) and its mark; then the box's
+    mark."""
     checks, boxed = marks(solution, trace)
     stated: dict[str, list] = {}
     for name, value in STATEMENT.findall(trace):
@@ -367,8 +361,8 @@ def critique(solution: str, trace: str) -> str:
     text = ""
     for i, ((name, value), mark) in enumerate(zip(CHECK.findall(solution), checks), 1):
         said = next((v for v in stated.get(name, "?") if v != value), value)
-        text += f"{i}) {name}={value}:{said}{'+' if mark == '+' else '-'}\n"
-    return text + "box " + ("+" if boxed == "+" else "-")
+        text += f"{i}) {name}={value}:{said}{mark}\n"
+    return text + f"\\boxed{{{boxed}}}"
 
 
 def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[list, list, list]:
@@ -380,21 +374,25 @@ def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[l
     grade = ID[str(GRADES[view](solution, trace))]
     stem = encode(JUDGE_PROMPTS["stem"])
     targets = [0] * (len(ids) - 1) + written + [ID["<|end|>"]] + [0] * (len(stem) - 1) + [grade]
-    judged = [3.0 if token in (ID["+"], ID["-"]) else 2.0 if before == ID[":"] else 1.0  # the rest is copying
+    signs = (ID["+"], ID["-"], ID["?"])  # the rest is copying
+    judged = [3.0 if token in signs else 2.0 if before == ID[":"] else 1.0
               for before, token in zip([0, *written], written)]
     weights = [0.0] * (len(ids) - 1) + judged + [0.3] + [0.0] * (len(stem) - 1) + [3.0]
     return ids + written + stem, targets, weights
 
 
 def judge_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
-    """Short problems first. Half of the rows leave out the question, which decides nothing: that is
-    faster."""
+    """Short problems first. Half of the rows leave out the question, which decides nothing: that is faster.
+    Two thirds of the prefixes, and some of the whole traces, are cut at a step's end or anywhere."""
     hard = rng.random() < min(0.8, 3 * progress)
     problem = make_problem(rng, rng.choice((HARD, HARD, DEEP)) if hard else easy(rng))
+    view = rng.choice(("outcome", "outcome", "prefix"))
     trace = some_trace(rng, problem)
+    if rng.random() < (0.65 if view == "prefix" else 0.1):
+        steps, pieces = ONE_STEP.findall(trace), SPLIT.findall(trace)
+        trace = "".join((kept := rng.choice((steps, steps, pieces)))[: rng.randint(0, len(kept))])
     if rng.random() < 0.3:
         trace = trace.rstrip("\n")
-    view = rng.choice(("outcome", "outcome", "outcome", "prefix"))
     return judge_prompt(view, rng.choice(("", problem.question)), some_reference(rng, problem), trace)
 
 
@@ -424,6 +422,7 @@ def make_model(hidden: int, layers: int, heads: int, inner: int):
 # are kept free for the codes of the tokens one (BACK1), two (BACK2) and, in the judge, six (LINE) back.
 CODE = 14
 BACK1, BACK2, LINE = -CODE, -2 * CODE, -3 * CODE
+LENGTH = 0.04 * 7 ** 0.5  # of a half code: that of random embeddings
 
 
 def span(start: int, size: int, hidden: int) -> torch.Tensor:
@@ -451,7 +450,7 @@ def match(model, layer: int, head: int, pairs, copies) -> None:
     """Attend to the tokens whose dims `key` equal this token's dims `query`; pairs = [(query, key, size)]."""
     config, attention = model.config, model.model.layers[layer].self_attn
     dim = config.hidden_size // config.num_attention_heads
-    slow = list(range(dim // 4 + 1, dim // 2))  # rotary pairs too slow to notice distances within a prompt
+    slow = list(range(dim // 4 - 1, dim // 2))  # rotary pairs too slow to notice distances within a prompt
     slow = slow[::-1] + [i + dim // 2 for i in slow[::-1]]
     rows = slice(head * dim, (head + 1) * dim)
     for projection in (attention.q_proj, attention.k_proj):
@@ -477,13 +476,27 @@ def carry(model, layer: int, head: int, copies) -> None:
 
 
 def start(shape, free: int):
-    """A model whose codes have one length (in either half, for matches on seven dims) and whose dims from
-    `free` are 0."""
+    """A model whose dims from `free` are 0 and whose codes have one length in either half (for matches on
+    seven dims) and are far apart: names from names, values from values. All tokens have the same length, so
+    that none shouts."""
     model = make_model(*shape)
-    codes = model.model.embed_tokens.weight.data
-    codes[:, free:] = 0
-    codes[:, :CODE] = F.normalize(codes[:, :CODE].unflatten(1, (2, 7)), dim=2).flatten(1) * 0.04 * 7 ** 0.5
+    weight = model.model.embed_tokens.weight.data
+    weight[:, free:] = 0
+    for words in (NAMES, [f"{name}=" for name in NAMES], [f"{i:02d}" for i in range(100)], WORDS[:-162]):
+        ids = [ID[word] for word in words]
+        weight[ids, :CODE] = torch.cat([spread(weight[ids, half:half + 7]) for half in (0, 7)], 1) * LENGTH
+    rest = weight[:, CODE:free]
+    rest.copy_(F.normalize(rest, dim=1) * 0.04 * rest.shape[1] ** 0.5)
     return model
+
+
+def spread(vectors: torch.Tensor) -> torch.Tensor:
+    """Unit vectors that have moved apart."""
+    for _ in range(300):
+        vectors = F.normalize(vectors, dim=1)
+        near = (8 * (vectors @ vectors.T).fill_diagonal_(-1)).exp()
+        vectors = vectors - 0.2 * (near / near.sum(1, keepdim=True)) @ vectors
+    return F.normalize(vectors, dim=1)
 
 
 def start_policy():
@@ -500,7 +513,8 @@ def start_judge():
     look_back(model, 0, 1, BACK1)
     look_back(model, 1, 2, BACK2)
     look_back(model, 2, 6, LINE)  # from the end of a line of the critique to its number
-    match(model, 1, 0, [(0, BACK1, 7), (BACK1, BACK2, 7)], [(CODE, CODE, 32)])  # "2) h=" -> what followed it
+    half = 7
+    match(model, 1, 0, [(0, BACK1, half), (BACK1, BACK2, half)], [(CODE, CODE, 32)])  # "2) h=" -> its value
     match(model, 1, 1, [(BACK2, BACK1, CODE)], [(CODE, CODE, 32)])  # "h=13:" -> what followed "h=" elsewhere
     match(model, 1, 2, [(0, BACK1, CODE)], [(CODE, CODE, 32)])  # "2) " -> what followed "2) "
     match(model, 1, 3, [(0, BACK2, CODE)], [(BACK1, CODE + 32, CODE)])  # "13:13" -> itself, if both are equal
@@ -592,6 +606,7 @@ def make_data(seed: int) -> None:
 
 
 def make_policy(seed: int) -> None:
+    torch.set_num_threads(1)  # for the same bits on any number of cores
     torch.manual_seed(seed)
     rng, model = random.Random(f"policy {seed}"), start_policy()
     train(model, lambda progress: policy_row(rng, progress), POLICY_TOKENS, 2.5e-3)
@@ -599,6 +614,7 @@ def make_policy(seed: int) -> None:
 
 
 def make_judge(seed: int) -> None:
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng, model = random.Random(f"judge {seed}"), start_judge()
     train(model, lambda progress: judge_row(rng, progress), JUDGE_TOKENS, 2.5e-3)
@@ -623,8 +639,6 @@ def measure(seed: int) -> None:
     close = [{"problem": p.id, "text": some_trace(rng, p, kind)}
              for p in problems for kind in ("right", "near")]
     judge = Judge(judge_lm.model, judge_lm.tokenizer, judge_lm.prompts)
-    prefixes = {**judge_lm.prompts, "system": {"outcome": judge_lm.prompts["system"]["prefix"]}}
-    valuer = Judge(judge_lm.model, judge_lm.tokenizer, prefixes)
 
     print("judge, problems of dev: AUROC (95% interval), misplace, mean grade of right / other traces")
     for name, records in (("one error", close), ("samples", sampled)):
@@ -644,8 +658,10 @@ def measure(seed: int) -> None:
                                   for p, t in samples]
     for kind, pairs in shown.items():
         line = f"  {kind:22s}"
-        for grader, rubric in ((judge, outcome_grade), (valuer, prefix_grade)):
-            ours = [1 + 4 * v.grades[0] for v in grader.grade([p for p, _ in pairs], [t for _, t in pairs])]
+        for view, rubric in GRADES.items():
+            traces = [t if view == "outcome" else [t] for _, t in pairs]
+            verdicts = judge.grade([p for p, _ in pairs], traces, view)
+            ours = [1 + 4 * v.grades[0] for v in verdicts]
             truth = [rubric(p.solution, t) for p, t in pairs]
             agree = [float(abs(a - b) < 0.5) for a, b in zip(ours, truth)]
             low, high = bootstrap_interval(agree)
@@ -674,14 +690,19 @@ def measure(seed: int) -> None:
 def main() -> None:
     parts = {"data": make_data, "policy": make_policy, "judge": make_judge, "measure": measure}
     parser = argparse.ArgumentParser(description="Remake the embedded miniature and measure it.")
-    parser.add_argument("--only", choices=parts, help="one part (default: all, in this order)")
+    parser.add_argument("--only", choices=parts, help="one part (default: all; the models side by side)")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     args = parser.parse_args()
-    for name, part in parts.items():
-        if args.only in (None, name):
-            start = time.perf_counter()
-            part(args.seed)
-            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    clock = time.perf_counter()
+    if args.only:
+        parts[args.only](args.seed)
+        print(f"{args.only}: {time.perf_counter() - clock:.0f} s", flush=True)
+        return
+    for together in (["data"], ["policy", "judge"], ["measure"]):
+        runs = [subprocess.Popen([sys.executable, __file__, "--only", part, "--seed", str(args.seed)])
+                for part in together]
+        if any([run.wait() for run in runs]):
+            raise SystemExit(f"stopped: {' or '.join(together)} failed")
 
 
 if __name__ == "__main__":

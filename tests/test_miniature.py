@@ -28,17 +28,17 @@ def solve(question: str) -> dict[str, int]:
 
 
 def example(**kwargs):
-    """A problem by hand: c = 7, d = 10, e = 30, and a box of 10 30."""
+    """A problem by hand: c = 7, d = 10, e = 30; d and e are asked for."""
     return SimpleNamespace(
         question="a=04; b=10; c:a+3; d:c+3; e:b*3? d e",
-        solution="1) c=07\n2) e=30\n\\boxed{1030}",
-        answer="1030",
+        solution="1) c=07\n2) d=10\n3) e=30\n\\boxed{d=10,e=30}",
+        answer="d=10,e=30",
         **kwargs,
     )
 
 
 STEP_C, STEP_D, STEP_E = "### c\na=04+3 c=07\n", "### d\nc=07+3 d=10\n", "### e\nb=10*3 e=30\n"
-RIGHT = STEP_C + STEP_D + STEP_E + "d=10 e=30\n\\boxed{1030}"
+RIGHT = STEP_C + STEP_D + STEP_E + "\\boxed{d=10,e=30}"
 
 
 # ---- task ----
@@ -50,9 +50,11 @@ def test_answers_and_references_hold(depths):
     for _ in range(200):
         problem = mini.make_problem(rng, depths)
         values = solve(problem.question)
-        assert problem.answer == "".join(f"{values[n]:02d}" for n in problem.question.split("? ")[1].split())
+        asked = problem.question.split("? ")[1].split()
+        assert problem.answer == ",".join(f"{n}={values[n]:02d}" for n in asked)
         checks = mini.CHECK.findall(problem.solution)
         assert 1 <= len(checks) <= mini.MAX_CHECKS and all(int(v) == values[n] for n, v in checks)
+        assert set(asked) <= {n for n, _ in checks}
         assert is_correct(problem.solution, problem.answer)
         for name, source in re.findall(r"([a-z]):([a-z])", problem.question):
             assert values[name] != values[source]  # so that a skipped step is always wrong
@@ -90,9 +92,8 @@ def test_worked_needs_every_step():
     assert not mini.worked(problem, RIGHT.replace(STEP_D, ""))  # a step missing
     assert not mini.worked(problem, RIGHT.replace("c=07", "c=08"))  # a wrong value on the way
     assert not mini.worked(problem, RIGHT.replace("### d", "### q"))  # a wrong heading
-    assert not mini.worked(problem, RIGHT.replace("1030", "3010"))
-    assert not mini.worked(problem, RIGHT.replace("d=10 e=30\n", ""))
-    assert not mini.worked(problem, "\\boxed{1030}") and not mini.worked(problem, "")
+    assert not mini.worked(problem, RIGHT.replace("{d=10", "{d=11"))
+    assert not mini.worked(problem, "\\boxed{d=10,e=30}") and not mini.worked(problem, "")
 
 
 def test_shipped_splits_share_no_question_and_are_remade_from_the_seed(tmp_path, monkeypatch):
@@ -159,8 +160,8 @@ def test_chat_template_and_segments(tokenizer):
         return_dict=False,
     )
     judge = Judge(torch_model(), tokenizer, mini.JUDGE_PROMPTS)
-    shared, own = judge.prompt(SimpleNamespace(**problem._asdict()), RIGHT)
-    assert whole == shared + own
+    before, after = judge.prompt(SimpleNamespace(**problem._asdict()))
+    assert whole == before + judge.quote(RIGHT) + after
 
 
 def test_training_rows_are_the_exchange_that_the_judge_has(tokenizer):
@@ -169,13 +170,12 @@ def test_training_rows_are_the_exchange_that_the_judge_has(tokenizer):
         rng = random.Random(seed)
         problem = mini.make_problem(rng)
         trace = mini.some_trace(rng, problem)
-        ids, targets, weights = mini.judge_prompt("outcome", problem.question, problem.solution, trace)
-        shared, own = judge.prompt(SimpleNamespace(**problem._asdict()), trace)
-        assert ids == shared + own + mini.encode(mini.critique(problem.solution, trace)) + judge.stem
-        assert (
-            targets[-1] == judge.digit_ids[mini.outcome_grade(problem.solution, trace) - 1]
-            and weights[-1] > 0
-        )
+        for view, rubric in mini.GRADES.items():
+            ids, targets, weights = mini.judge_prompt(view, problem.question, problem.solution, trace)
+            before, after = judge.prompt(SimpleNamespace(**problem._asdict()), view)
+            written = mini.encode(mini.critique(problem.solution, trace))
+            assert ids == before + judge.quote(trace) + after + written + judge.stem
+            assert targets[-1] == judge.digit_ids[rubric(problem.solution, trace) - 1] and weights[-1] > 0
 
 
 def test_the_longest_critique_and_exchange_fit():
@@ -204,15 +204,17 @@ def torch_model():
     ("trace", "outcome", "prefix"),
     [
         (RIGHT, 5, 5),
-        (RIGHT.replace("\\boxed{1030}", ""), 4, 5),  # not boxed yet
-        (RIGHT.replace("1030", "1031"), 4, 4),  # a wrong box
-        (RIGHT.replace("c=07", "c=08"), 2, 4),  # one of two checkpoints, box right
+        (STEP_C + STEP_D + STEP_E, 4, 5),  # not boxed yet
+        (RIGHT.replace("{d=10", "{d=11"), 3, 3),  # the box contradicts a checkpoint, whatever the steps say
+        (RIGHT.replace("{d=10,", "{"), 4, 4),  # the box is not complete
+        (RIGHT.replace("c=07", "c=08"), 3, 3),  # one of three checkpoints
         (STEP_C, 2, 5),
-        (STEP_C.replace("7", "8"), 1, 4),
-        ("### c\na=04+3 c=08\n### e\nb=10*3 e=31\n\\boxed{0000}", 1, 2),
-        (STEP_C + "\\boxed{0710}", 2, 3),  # stopped early: a wrong box, a checkpoint missing
-        (RIGHT + " c=08", 2, 4),  # stated twice, differently: does not count
-        ("\\boxed{1030}", 1, 3),
+        (STEP_C.replace("7", "8"), 1, 3),
+        ("### c\na=04+3 c=08\n### e\nb=10*3 e=31\n\\boxed{d=00,e=31}", 1, 1),
+        (STEP_C + "\\boxed{d=07,e=10}", 2, 2),  # stopped early
+        (STEP_C + "\\boxed{}", 2, 2),  # what is missing counts once the trace is boxed
+        (RIGHT + " c=08", 3, 3),  # stated twice, differently: does not count
+        ("\\boxed{d=10,e=30}", 3, 3),
         ("", 1, 5),
     ],
 )
@@ -274,25 +276,32 @@ def test_judge_grades_by_hand(judge):
     def stopped(p):
         return mini.work(rng, p.question, forced={1: "stop"})
 
+    deep = [mini.make_problem(rng, mini.DEEP) for _ in range(12)]
     assert mean_grade(right) > 4.7
-    assert (
-        mean_grade(right, [mini.make_problem(rng, mini.DEEP) for _ in range(12)]) > 4.7
-    )  # the longest traces
+    assert mean_grade(right, deep) > 4.7  # the longest traces
     assert mean_grade(right, other=mini.make_problem(rng)) < 2  # a wrong reference
     assert mean_grade(lambda p: "") < 1.3
-    assert mean_grade(lambda p: mini.box(p.answer)) < 1.5  # no work
     assert mean_grade(lambda p: p.question) < 1.5
-    assert 1.5 < mean_grade(half) < 4
-    assert mean_grade(stopped) < 2.2
+    assert mean_grade(half) < 4
+    assert mean_grade(stopped) < 3
     assert mean_grade(lambda p: mini.work(rng, p.question, 3)) < 2.2
+    # a wrong box after right work
+    entry = re.compile(r"\\boxed\{(\w)=\d\d")
+    assert mean_grade(lambda p: entry.sub(lambda m: f"\\boxed{{{m[1]}=00", right(p))) < 4.2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a known hole: the judge takes the box's sign from the checkpoints' signs"
-)
-def test_judge_sees_a_wrong_box_after_right_work(judge):
-    rng = random.Random(7)
-    problems = [mini.make_problem(rng, mini.HARD) for _ in range(12)]
-    traces = [mini.work(rng, p.question, 0).replace(mini.box(p.answer), mini.box("000000")) for p in problems]
-    verdicts = judge.grade([SimpleNamespace(**p._asdict()) for p in problems], traces)
-    assert 1 + 4 * sum(v.grades[0] for v in verdicts) / len(verdicts) < 4.4
+def test_judge_values_prefixes_by_hand(judge):
+    """High while nothing is contradicted, lower after an error, on whole steps."""
+    rng = random.Random(8)
+    problems = [SimpleNamespace(**mini.make_problem(rng, mini.HARD)._asdict()) for _ in range(12)]
+
+    def grades(trace_of):
+        steps = [re.split(r"(?=###)", trace_of(p))[1:] for p in problems]
+        return [v.grades for v in judge.grade(problems, steps, "prefix")]
+
+    clean = grades(lambda p: mini.work(rng, p.question, 0))
+    spoilt = grades(lambda p: mini.work(rng, p.question, forced={2: "slip", 3: "slip", 4: "slip"}))
+    assert all(len(g) == 10 for g in clean + spoilt)
+    mean_clean = [1 + 4 * sum(g[k] for g in clean) / 12 for k in range(10)]
+    assert min(mean_clean) > 4
+    assert 1 + 4 * sum(g[-1] for g in spoilt) / 12 < 2.5 < 1 + 4 * sum(g[1] for g in spoilt) / 12
