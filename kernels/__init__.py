@@ -4,8 +4,10 @@ The PyTorch version serves the CPU and machines without Triton, the Triton versi
 as a program (`python kernels/token_logprob.py`) checks its results against float64, then times itself.
 """
 
+from .choose_token import choose_token
+from .paged_attention import paged_attention, plan_pages
 from .reverse_kl import reverse_kl
 from .token_advantages import token_advantages
 from .token_logprob import token_logprob
 
-__all__ = ["reverse_kl", "token_advantages", "token_logprob"]
+__all__ = ["choose_token", "paged_attention", "plan_pages", "reverse_kl", "token_advantages", "token_logprob"]

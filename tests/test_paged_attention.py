@@ -7,6 +7,7 @@ import pytest
 import torch
 
 paged = importlib.import_module("kernels.paged_attention")
+choose = importlib.import_module("kernels.choose_token")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VERSIONS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(paged.triton is None, reason="no Triton"))]
@@ -97,3 +98,68 @@ def test_gpu_sizes(rows):
     query, keys, values, table, lengths = (x.cuda() for x in case)
     got = paged.paged_attention(query, keys, values, table, lengths, 128**-0.5)
     assert (got.cpu().double() - want).abs().max() < 0.03
+
+
+# ---- the token choice --------------------------------------------------------------------------------------
+
+
+def test_philox_is_the_published_one():
+    """Known answers of Random123: counter 0 key 0, and counter and key all ones."""
+    entry = torch.arange(4)
+    zero = choose.philox(0, torch.tensor(0), torch.tensor(0), entry)
+    assert [f"{x:08x}" for x in zero.tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_triton_choice_is_its_twin(splits, temperature):
+    if choose.triton is None:
+        pytest.skip("no Triton")
+    logits = 3 * torch.randn(3, 5003, generator=torch.Generator().manual_seed(1))
+    logits[1, 17:4000] = -torch.inf
+    rows = torch.tensor([[5, 0], [7, 3], [2**31 - 1, 9]], dtype=torch.int32)
+    want = choose.gumbel_choose(logits, temperature, 2**40 + 3, *rows.unbind(1))
+    token, logprob = choose.triton_choose(
+        logits.to(DEVICE), torch.tensor([temperature], device=DEVICE),
+        torch.tensor([2**40 + 3], device=DEVICE), *rows.to(DEVICE).unbind(1), splits)
+    assert token.tolist() == want[0].tolist()
+    assert torch.allclose(logprob.cpu(), want[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["inverse", "gumbel"])
+def test_choices_follow_the_distribution(version):
+    """Chi-square over 40,000 draws from 700 entries (three blocks), bins of at least 20 expected draws."""
+    draws, V = 40_000, 700
+    logits = 2 * torch.randn(1, V, generator=torch.Generator().manual_seed(2))
+    p = (logits[0].double() / 1.3).softmax(-1)
+    counts = torch.zeros(V)
+    for start in range(0, draws, 4000):
+        rows = logits.expand(4000, V)
+        if version == "inverse":
+            uniform = torch.rand(4000, generator=torch.Generator().manual_seed(start))
+            token, logprob = choose.choose_token(rows, 1.3, uniform)
+        else:
+            trace = torch.arange(start, start + 4000)
+            token, logprob = choose.gumbel_choose(rows, 1.3, 11, trace, trace % 7)
+        assert torch.allclose(logprob, p.log()[token].float(), atol=1e-5)
+        counts += torch.bincount(token, minlength=V)
+    big = p * draws >= 20
+    observed = torch.cat([counts[big], counts[~big].sum()[None]])
+    expected = torch.cat([p[big], p[~big].sum()[None]]) * draws
+    statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations
+
+
+def test_choices_on_hard_rows():
+    inf = float("inf")
+    logits = torch.tensor([[-1e9, 0.0, -1e9, -1e9], [1e4, -1e4, 1e4, 0.0], [0.0, 0.0, 0.0, -inf]])
+    wide = torch.full((3, 1000), -inf)
+    wide[:, [3, 400, 700, 999]] = logits
+    for u in (0.0, 0.25, 0.4999, 0.75, 1 - 2**-24):
+        token, logp = choose.choose_token(logits, 1.0, torch.full((3,), u))
+        assert token[0] == 1 and token[1] in (0, 2) and token[2] < 3
+        assert (logp <= 0).all() and logp.isfinite().all()
+        token, logp = choose.choose_token(wide, 1.0, torch.full((3,), u))
+        assert token[0] == 400 and token[1] in (3, 700) and token[2] in (3, 400, 700) and logp.isfinite().all()
+    token, _ = choose.choose_token(logits, 0.0, torch.zeros(3))
+    assert token[0] == 1 and token[1] == 0

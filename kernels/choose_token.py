@@ -1,0 +1,153 @@
+"""Draw the next token of each row from its logits, and give its log-probability: temperature only.
+
+    token ~ softmax(logits / T)        logprob = log softmax(logits / T)[token]        T = 0: greedy, logprob at T = 1
+
+PyTorch (CPU): the inverse of the cumulative distribution at one uniform number per row. Drawing a number per
+entry costs more than all of this; sums of blocks of 256 entries are accumulated, then the entries of one.
+
+Triton (CUDA): one pass over the logits. token = argmax(logits / T + G), G = -log E Gumbel noise, E exponential
+(Gumbel 1954; the "exponential race"); maximum and sum of exponentials run along for the log-prob. The noise is
+Philox 4x32-10 (Salmon et al. 2011) of (seed, trace, position, entry): a row's token depends on nothing else.
+Few rows are split over the vocabulary and merged by a few small operations.
+Checked in Triton's interpreter; not yet timed on a GPU.
+
+Left out: top-k, top-p (the sampled distribution would not be the trained one), penalties.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows have no Triton: the PyTorch version serves
+    triton = None
+
+BLOCK = 256  # entries per block of the cumulative sum
+
+
+def choose_token(logits, temperature, uniform):
+    """logits (R,V), uniform (R,) in [0,1) f32 -> token (R,) int64, logprob (R,) f32 <= 0 (up to rounding).
+
+    An entry of probability 0 is never drawn."""
+    V = logits.shape[1]
+    p = torch.softmax(logits.float() / (temperature or 1.0), -1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, p.gather(1, token[:, None])[:, 0].log()
+    whole = V // BLOCK * BLOCK
+    blocks = torch.cat([p[:, :whole].view(len(p), -1, BLOCK).sum(-1), p[:, whole:].sum(-1, keepdim=True)], 1)
+    token, rest = _invert(blocks, uniform)
+    entry = token[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, entry.clamp(max=V - 1)).masked_fill_(entry >= V, 0.0)
+    token = token * BLOCK + _invert(inside, rest / inside.sum(-1))[0]
+    return token, p.gather(1, token[:, None])[:, 0].log()
+
+
+def _invert(weights, uniform):
+    """The entry in which uniform * total falls, and how far into it."""
+    cumulative = weights.cumsum(-1)
+    # at most 1 - 2^-23 keeps the target strictly below the total: an entry of weight 0 is never taken
+    target = uniform.clamp(max=1 - 2**-23)[:, None] * cumulative[:, -1:]
+    entry = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
+    before = cumulative.gather(1, entry) - weights.gather(1, entry)
+    return entry[:, 0], (target - before)[:, 0].clamp(min=0)
+
+
+def philox(seed, trace, position, entry):
+    """Philox 4x32-10, the function that Triton calls tl.philox: int64 tensors -> uint32 of `entry` as int64."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = torch.broadcast_tensors(entry // 4, position, trace, torch.zeros_like(entry))
+    k0, k1 = seed & mask, seed >> 32 & mask
+    for _ in range(10):
+        high0, low0 = _product(c0, 0xD2511F53)
+        high1, low1 = _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack([c0, c1, c2, c3], -1).gather(-1, (entry % 4).expand_as(c0)[..., None])[..., 0]
+
+
+def _product(a, b):
+    """High and low 32 bits of a * b for 32-bit numbers, without passing 63 bits."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def gumbel_choose(logits, temperature, seed, trace, position):
+    """The Triton version's PyTorch twin, in float64: same noise, same token."""
+    z = logits.double() / (temperature or 1.0)
+    logp = z.log_softmax(-1)
+    if temperature > 0:
+        entry = torch.arange(z.shape[1], device=z.device)[None]
+        bits = philox(seed, trace.long()[:, None], position.long()[:, None], entry)
+        z = z - (-torch.log1p(-(bits.double() + 0.5) / 2**32)).log()
+    token = z.argmax(-1)
+    return token, logp.gather(1, token[:, None])[:, 0].float()
+
+
+if triton is not None:
+
+    @triton.jit
+    def choose_kernel(
+        logits_ptr, knobs_ptr, temperature_ptr, trace_ptr, position_ptr, token_ptr, stats_ptr, V, row_stride,
+        SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program per row and split. Leaves the best entry and (its z with noise, its z, max, sum)."""
+        row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        seed, temperature = tl.load(knobs_ptr), tl.load(temperature_ptr)
+        trace, position = tl.load(trace_ptr + row * row_stride), tl.load(position_ptr + row * row_stride)
+        greedy = temperature == 0.0
+        scale = 1.0 / tl.where(greedy, 1.0, temperature)
+        per_split = tl.cdiv(tl.cdiv(V, 4 * BLOCK), SPLITS) * 4 * BLOCK
+        start, end = split * per_split, tl.minimum(V, (split + 1) * per_split)
+        best, best_z, best_entry = -float("inf"), 0.0, 0
+        top, total = -float("inf"), 0.0
+        for block in range(start, end, 4 * BLOCK):
+            quad = block // 4 + tl.arange(0, BLOCK)  # one Philox call serves four entries
+            n0, n1, n2, n3 = tl.philox(seed, quad.to(tl.uint32), position.to(tl.uint32) + tl.zeros_like(quad),
+                                       trace.to(tl.uint32) + tl.zeros_like(quad), tl.zeros_like(quad))
+            for i in tl.static_range(4):
+                noise = n0 if i == 0 else n1 if i == 1 else n2 if i == 2 else n3
+                entry = quad * 4 + i
+                z = tl.load(logits_ptr + row * V + entry, mask=entry < end, other=-float("inf"))
+                z = z.to(tl.float32) * scale
+                # E = -log(1 - u): small E decides, so it is taken from u's full 32 bits, by its series near 0
+                u = (noise.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+                e = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(tl.maximum(1.0 - u, 1e-30)))
+                noisy = tl.where(greedy, z, z - tl.log(e))
+                block_best = tl.max(noisy, 0)
+                at = tl.min(tl.where((noisy == block_best) & (entry < end), entry, 2147483647), 0)
+                at_z = tl.max(tl.where(entry == at, z, -float("inf")), 0)
+                better = (block_best > best) | ((block_best == best) & (at < best_entry))
+                best_entry, best_z = tl.where(better, at, best_entry), tl.where(better, at_z, best_z)
+                best = tl.where(better, block_best, best)
+                new_top = tl.maximum(top, tl.max(z, 0))
+                safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+                total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
+                top = new_top
+        at = row * SPLITS + split
+        tl.store(token_ptr + at, best_entry)
+        tl.store(stats_ptr + at * 4, best)
+        tl.store(stats_ptr + at * 4 + 1, best_z)
+        tl.store(stats_ptr + at * 4 + 2, top)
+        tl.store(stats_ptr + at * 4 + 3, total)
+
+
+def triton_choose(logits, temperature, seed, trace, position, splits=None):
+    """logits (R,V) contiguous; temperature (1,) f32, seed (1,) int64; trace, position (R,) int32, same stride.
+
+    -> token (R,), logprob (R,) f32. Temperature and seed are tensors so that a CUDA graph can be replayed with
+    others. A row whose logits are NaN gets a NaN log-prob and entry 0."""
+    R, V = logits.shape
+    assert logits.is_contiguous() and trace.stride() == position.stride()
+    if splits is None:
+        splits = max(1, min(16, 256 // R))
+    token = torch.empty(R, splits, dtype=torch.int32, device=logits.device)
+    stats = torch.empty(R, splits, 4, dtype=torch.float32, device=logits.device)
+    with torch.cuda.device_of(logits):
+        choose_kernel[(R, splits)](logits, seed, temperature, trace, position, token, stats, V, trace.stride(0),
+                                   SPLITS=splits, BLOCK=BLOCK)
+    best, z, top, total = stats.unbind(-1)
+    chosen = best.argmax(-1, keepdim=True)
+    lse = (top + total.log()).logsumexp(-1)
+    return token.gather(1, chosen)[:, 0], z.gather(1, chosen)[:, 0] - lse
