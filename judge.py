@@ -245,20 +245,22 @@ class Judge:
         return [Verdict(tuple(g), "\n".join(filter(None, r))) for g, r in zip(grades, replies)]
 
     def read(self, parts: list[tuple[list[int], list[int]]]) -> list[tuple[float, str]]:
-        """Prompts in two parts, shared and own -> for each (s in [0,1] or NaN, what the judge wrote)."""
-        prompts, shared = [a + b for a, b in parts], [len(a) for a, _ in parts]
-        replies, texts = [[]] * len(parts), [""] * len(parts)
-        if self.readout != "expected":
-            rollouts = self.sampler.sample(prompts, 1, self.reply_tokens, temperature=0.0, shared=shared)
+        """Prompts in two parts, shared and own -> for each (s in [0,1] or NaN, what the judge wrote).
+
+        The sampler computes a part that prompts share once, and reads the digits over the reply's cache."""
+        prompts, texts = [a + b for a, b in parts], [""] * len(parts)
+        self.tokens += sum(map(len, prompts)) - sum(len(a) for i, (a, _) in enumerate(parts)
+                                                    if i and a is parts[i - 1][0])
+        if self.readout == "expected":
+            logits = self.sampler.next_logits([p + self.stem for p in prompts], self.digit_ids)
+        else:
+            stem = self.stem if self.readout == "critique" else []
+            rollouts, logits = self.sampler.reply_logits(prompts, stem, self.digit_ids, self.reply_tokens)
             replies = [list(r.token_ids[:-1] if r.finished else r.token_ids) for r in rollouts]
             texts = [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
             self.tokens += sum(map(len, replies))
-        self.tokens += sum(map(len, prompts)) - sum(s for i, s in enumerate(shared)
-                                                    if i and parts[i][0] is parts[i - 1][0])
         if self.readout == "generate":
             return [(score(read_grade(text)), text) for text in texts]
-        asked = [p + r + self.stem for p, r in zip(prompts, replies)]
-        logits = self.sampler.next_logits(asked, self.digit_ids, shared)
         grades = logits.softmax(-1) @ torch.arange(1.0, 6.0)  # (N,) expected grade, NaN if the logits are
         return [(score(g), text) for g, text in zip(grades.tolist(), texts)]
 

@@ -2,27 +2,37 @@
 
     python sample.py --model Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:test --n 8 --k 1 8 --limit 100
 
-One loop serves rollouts, evaluation and the judge's critiques:
+One engine serves rollouts, evaluation and the judge:
 
-    prompts -> packed prefill (no padding; a shared prefix is computed once) -> rows -> decode step by step,
-    a finished row is replaced at once by the next waiting trace -> list[Rollout], in the prompts' order.
+    prompts ──► waiting ──► prefill: packed, unpadded, in passes ──► pages of PAGE tokens (keys, values)
+                   ▲        what starts like a live prompt shares          │ a prompt's full pages: shared by its n
+                   │        that prompt's pages                            │ traces; its partly filled one: copied
+                   │                                                       ▼
+                   └── paused: pages ran short, tokens kept ──── rows, each with a list of pages ◄─────┐
+                                                                           │                           │
+       Rollout ◄── ended: pages freed, the next trace enters ◄── step: feed one token a row, attend ───┘
+                                                                 over pages, draw token and log-prob
 
 The models are the ones of transformers. Only their attention is replaced, through its AttentionInterface: our
-function writes keys and values where this file wants them, so rows of any length share a batch unpadded.
+function writes keys and values into pages, so rows of any length share a batch unpadded.
 Temperature is the only sampling knob: with top-k or top-p the sampled distribution is not the trained one.
-The noise of a token depends on (seed, row, position) alone: a trace does not depend on who shares its batch.
+The noise of a token depends on (seed, trace, position) alone: a trace does not depend on who shares its batch.
+Other architectures (sliding window, linear attention) take transformers' own cache: slower, said on stderr.
 
-Left out: paging, CUDA graphs, sliding-window attention. It knows nothing of judges, rewards or training.
+Left out: several GPUs, speculation, pages kept between calls. It knows nothing of judges, rewards or training.
 """
 
 import argparse
+import heapq
 import json
 import os
+import platform
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +52,8 @@ if _ours is not None:
     sys.modules["kernels"] = _ours
 
 from data import Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
+from kernels import choose_token, paged_attention, plan_pages  # noqa: E402
+from kernels.choose_token import triton, triton_choose  # noqa: E402
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would tear ours
 
@@ -52,6 +64,8 @@ SYSTEM_PROMPT = (
 )
 FAMILIES = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama-": "meta-llama", "meta-llama-": "meta-llama"}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # full attention in every layer, plain linear head
+PAGE = 32  # tokens. On a CPU 32 to 128 cost the same, 16 a third more; small pages waste less and share more
+TOKEN, LENGTH, TRACE, POSITION, FIRST_PAGE = range(5)  # columns of a step's input; then the row's pages
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,6 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         print(f"model {name} -> {path}", file=sys.stderr)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_architecture(path, config)
         # tokenizer.json as it stands: AutoTokenizer would rebuild every Qwen2 tokenizer with Qwen's own word split
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -160,15 +173,128 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     return LM(path, model.to(device).eval(), tokenizer, prompts)
 
 
-def check_architecture(path: str, config) -> None:
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if config.model_type not in ARCHITECTURES or layers != {"full_attention"}:
-        raise SystemExit(f"{path} is a {config.model_type} model with {', '.join(sorted(layers))} layers; "
-                         f"sample.py covers full attention in {', '.join(ARCHITECTURES)} (SmolLM is a llama)")
+def layer_kinds(config) -> list[str]:
+    return sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
+
+
+def covers(config) -> bool:
+    """Can the paged cache serve this architecture?"""
+    return config.model_type in ARCHITECTURES and layer_kinds(config) == ["full_attention"]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Attention over our own cache
+# Pages: who holds which (host only, no tensors)
+
+
+@dataclass(eq=False, slots=True)
+class Page:
+    """PAGE consecutive tokens of one sequence, in every layer. Rows and waiting prompts hold it together."""
+
+    index: int  # where it lies in the pool; compact() may move it
+    serial: int
+    users: int = 1
+    key: tuple | None = None  # what it is known by, if others may share it
+
+
+class PageTable:
+    """Free and taken pages. A full page is known by (serial of the page before it, its tokens), so that a
+    prompt finds the pages of any live prompt that starts alike. Freed with its last user."""
+
+    def __init__(self, count: int):
+        self.pages: list[Page | None] = [None] * count
+        self.free = list(range(count))  # a heap: the lowest first, so that pages in use lie densely
+        self.known: dict[tuple, Page] = {}
+        self.serials = 0
+
+    def take(self) -> Page:
+        self.serials += 1
+        page = Page(heapq.heappop(self.free), self.serials)
+        self.pages[page.index] = page
+        return page
+
+    def share(self, pages: list[Page]) -> list[Page]:
+        for page in pages:
+            page.users += 1
+        return list(pages)
+
+    def drop(self, pages: list[Page]) -> None:
+        for page in pages:
+            page.users -= 1
+            if page.users == 0:
+                self.pages[page.index] = None
+                heapq.heappush(self.free, page.index)
+                if page.key:
+                    del self.known[page.key]
+
+    def match(self, ids) -> list[Page]:
+        """The known pages that hold the first tokens of `ids`, shared with the caller."""
+        pages, before = [], 0
+        for start in range(0, len(ids) - PAGE + 1, PAGE):
+            page = self.known.get((before, tuple(ids[start : start + PAGE])))
+            if page is None:
+                break
+            pages.append(page)
+            before = page.serial
+        return self.share(pages)
+
+    def publish(self, pages: list[Page], ids) -> None:
+        """Make the full pages of `ids` known."""
+        before = 0
+        for i in range(len(ids) // PAGE):
+            key = (before, tuple(ids[i * PAGE : (i + 1) * PAGE]))
+            if key not in self.known and pages[i].key is None:
+                self.known[key], pages[i].key = pages[i], key
+            before = pages[i].serial
+
+    def compact(self) -> tuple[list[int], list[int]]:
+        """Move the last pages into holes: (from, to), for the caller to move the tensors too."""
+        used = len(self.pages) - len(self.free)
+        moving = [page for page in self.pages[used:] if page is not None]
+        sources, targets = [page.index for page in moving], sorted(i for i in self.free if i < used)
+        for page, index in zip(moving, targets, strict=True):
+            self.pages[page.index], self.pages[index], page.index = None, page, index
+        self.free = list(range(used, len(self.pages)))
+        return sources, targets
+
+    def top(self) -> int:
+        """One more than the highest index in use."""
+        return max((page.index + 1 for page in self.pages if page is not None), default=0)
+
+
+class Cache:
+    """The tensors behind a PageTable: pool (layers, key or value, pages, kv heads, PAGE, head size)."""
+
+    def __init__(self, model, pages: int):
+        config, device = model.config, model.device
+        shape = (config.num_hidden_layers, 2, pages, config.num_key_value_heads, PAGE, head_size(config))
+        if device.type == "cpu":  # numpy's zeros are the system's: memory is used when a page is first written
+            raw = np.zeros(int(np.prod(shape)) * model.dtype.itemsize, np.uint8)
+            self.pool = torch.from_numpy(raw).view(model.dtype).view(shape)
+        else:
+            self.pool = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.table, self.clean = PageTable(pages), 0
+
+    def take(self, count: int) -> list[Page]:
+        pages = [self.table.take() for _ in range(count)]
+        if self.pool.device.type == "cpu":
+            # The PyTorch attention reads whole pages: nothing of a former row, NaN or infinite, may be there.
+            used = [page.index for page in pages if page.index < self.clean]
+            if used:
+                self.pool[:, :, used] = 0
+            self.clean = max([self.clean, *(page.index + 1 for page in pages)])
+        return pages
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        if sources:
+            self.pool[:, :, targets] = self.pool[:, :, sources]
+
+
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention over pages
 
 
 def cached_attention(module, query, key, value, attention_mask, scaling=None, kv=None, **_):
@@ -191,141 +317,204 @@ def attention_of(model):
         model.set_attn_implementation(own)
 
 
-class Segment:
-    """A run of tokens behind an optional prefix. After a prefill it holds the keys and values of both."""
+@contextmanager
+def packed_linears(model, rows: int):
+    """Inside, on an x86 CPU, linear layers multiply by a copy of their weights in oneDNN's own layout: 1.2
+    (64 rows, bfloat16) to 2 times (16 rows, float32) faster. Packed anew at each entry: weights may change."""
+    packed = []
+    try:
+        if model.device.type == "cpu" and torch.backends.mkldnn.is_available() and PACKS:
+            for module in model.modules():
+                if type(module) is torch.nn.Linear and module.weight.dtype in PACKS:
+                    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+                    bias = None if module.bias is None else module.bias.detach()
+                    module.forward = partial(packed_linear, weight, bias)
+                    packed.append(module)
+        yield
+    finally:
+        for module in packed:
+            del module.forward
 
-    def __init__(self, ids, prefix=None, keep=True):
-        self.ids, self.prefix, self.keep = ids, prefix, keep
-        self.length = len(ids) + (prefix.length if prefix else 0)
-        self.keys, self.values = [], []  # per layer (KVH, length, D)
-        self.hidden = None  # (d,) of the last token
+
+def packed_linear(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+PACKS = {torch.float32} if platform.machine() in ("x86_64", "AMD64") else set()
+if PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    PACKS.add(torch.bfloat16)
+
+
+@dataclass
+class Piece:
+    """A run of a sequence for one prefill pass: ids behind `start` tokens that lie in `pages`. The first
+    `keep` are written there. mask (T, start + T): what each sees, None for plain causal. reads: (index in ids,
+    result row)."""
+
+    ids: list[int]
+    positions: list[int]
+    start: int
+    keep: int
+    pages: list[Page]
+    mask: torch.Tensor | None
+    reads: list[tuple[int, int]]
+
+
+def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) -> list[Piece]:
+    """ids[start:] in runs of `chunk`. forks: (cut, suffix, result row): what follows ids[:cut] + suffix?
+
+    All suffixes ride behind the last run; the mask lets each see ids[:cut] and itself."""
+    pieces = []
+    for a in range(start, len(ids), chunk):
+        b = min(a + chunk, len(ids))
+        own, positions = list(ids[a:b]), list(range(a, b))
+        reads = [(cut - 1 - a, row) for cut, suffix, row in forks if not suffix and a < cut <= b]
+        tails = [fork for fork in forks if fork[1]] if b == len(ids) else []
+        for cut, suffix, row in tails:
+            own += suffix
+            positions += range(cut, cut + len(suffix))
+            reads.append((len(own) - 1, row))
+        mask, T = None, len(own)
+        if a or tails:
+            mask = torch.ones(T, a + T, dtype=torch.bool).tril_(a)
+            at = b - a
+            for cut, suffix, _ in tails:
+                mask[at : at + len(suffix), cut : a + at] = False
+                at += len(suffix)
+        pieces.append(Piece(own, positions, a, b - a, pages, mask, reads))
+    return pieces
 
 
 class Prefill:
-    """Segments in one packed sequence (1, sum of T): each attends to its prefix and, causally, to itself."""
+    """Pieces in one packed sequence (1, sum of T). Keys and values go to their pages first, so that a piece
+    may stand behind pages that are filled in the same pass."""
 
-    def __init__(self, segments):
-        self.segments = segments
-        self.masks = [self.mask(s) for s in segments]
-
-    @staticmethod
-    def mask(segment):
-        if segment.prefix is None:
-            return None  # plain causal
-        return torch.ones(len(segment.ids), segment.length, dtype=torch.bool).tril(segment.prefix.length)
+    def __init__(self, cache: Cache, pieces: list[Piece]):
+        self.pool, self.pieces = cache.pool, pieces
+        device, dtype = self.pool.device, self.pool.dtype
+        source, page, offset, at = [], [], [], 0
+        for p in pieces:
+            source += range(at, at + p.keep)
+            page += [p.pages[t // PAGE].index for t in range(p.start, p.start + p.keep)]
+            offset += [t % PAGE for t in range(p.start, p.start + p.keep)]
+            at += len(p.ids)
+        self.source, self.page, self.offset = torch.tensor([source, page, offset], device=device).unbind()
+        self.context = [torch.tensor([x.index for x in p.pages[: -(-p.start // PAGE)]], device=device)
+                        for p in pieces]
+        # float once, since 0 / -inf is what attention adds; a bool mask would be converted in every layer
+        self.masks = [p.mask if p.mask is None else torch.zeros(p.mask.shape, dtype=dtype, device=device)
+                      .masked_fill_(~p.mask.to(device), -torch.inf) for p in pieces]
 
     def attend(self, layer, query, key, value, scaling):
-        out, start = torch.empty_like(query), 0
+        keys, values = self.pool[layer]
+        keys[self.page, :, self.offset] = key[0][:, self.source].transpose(0, 1)
+        values[self.page, :, self.offset] = value[0][:, self.source].transpose(0, 1)
+        out, at = torch.empty_like(query), 0
         groups = query.shape[1] // key.shape[1]
-        for segment, mask in zip(self.segments, self.masks):
-            part = slice(start, start + len(segment.ids))
-            start = part.stop
-            keys, values = key[:, :, part], value[:, :, part]
-            if segment.prefix is not None:
-                keys = torch.cat([segment.prefix.keys[layer][None], keys], dim=2)
-                values = torch.cat([segment.prefix.values[layer][None], values], dim=2)
-                mask = mask.to(query.device)
-            if segment.keep:
-                segment.keys.append(keys[0])
-                segment.values.append(values[0])
-            # Heads are repeated: torch's fast CPU attention knows no grouped heads; prefill is compute-bound.
-            out[:, :, part] = F.scaled_dot_product_attention(
-                query[:, :, part], keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1),
-                attn_mask=mask, is_causal=mask is None, scale=scaling,
-            )
+        for piece, context, mask in zip(self.pieces, self.context, self.masks):
+            part = slice(at, at := at + len(piece.ids))
+            q, k, v = query[0][:, part], key[0][:, part], value[0][:, part]  # (H,T,D), (KVH,T,D)
+            if piece.start:
+                k, v = (torch.cat([pages[context].transpose(0, 1).flatten(1, 2)[:, : piece.start], own], 1)
+                        for pages, own in ((keys, k), (values, v)))
+            # kv heads as the batch, a kv head's query heads beside it: no head is repeated
+            heads = (len(k), groups, -1, q.shape[-1])
+            done = F.scaled_dot_product_attention(
+                q.reshape(heads), k[:, None].expand(heads[0], groups, *k.shape[1:]),
+                v[:, None].expand(heads[0], groups, *v.shape[1:]), attn_mask=mask, is_causal=mask is None,
+                scale=scaling)
+            out[0, :, part] = done.flatten(0, 1)
         return out
 
 
-def head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+class Decode:
+    """One new token for each row. state (R, FIRST_PAGE + pages) int32 says where."""
 
-
-class Rows:
-    """The rows being decoded: keys and values (rows, KVH, capacity, D) per layer, written in place.
-
-    Live rows are always 0..count-1, so that a step works on views and copies nothing."""
-
-    def __init__(self, model, rows: int, capacity: int):
-        config = model.config
-        # zeros, not empty: masked entries get weight 0, and 0 * NaN would still be NaN
-        shape = (rows, config.num_key_value_heads, capacity, head_size(config))
-        like = dict(dtype=model.dtype, device=model.device)
-        self.keys = [torch.zeros(shape, **like) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, **like) for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
-        self.host_lengths = [0] * rows  # the same on the host: sizes must not cost a device synchronisation
-        self.count = 0
-
-    def fill(self, row: int, segment: Segment) -> None:
-        for own, given in zip(self.keys + self.values, segment.keys + segment.values):
-            own[row, :, : segment.length] = given
-        self.lengths[row] = self.host_lengths[row] = segment.length
-
-    def move(self, source: int, target: int) -> None:
-        length = self.host_lengths[source]
-        for own in self.keys + self.values:
-            own[target, :, :length] = own[source, :, :length]
-        self.lengths[target] = self.host_lengths[target] = length
-
-    def begin_step(self) -> torch.Tensor:
-        """The positions (R,1) of the tokens that this step adds."""
-        self.longest = max(self.host_lengths[: self.count]) + 1
-        lengths = self.lengths[: self.count]
-        self.index = torch.arange(self.count, device=lengths.device)
-        outside = torch.arange(self.longest, device=lengths.device) > lengths[:, None]
-        self.bias = torch.zeros_like(outside, dtype=self.keys[0].dtype).masked_fill_(outside, float("-inf"))
-        return lengths[:, None]
-
-    def end_step(self) -> None:
-        self.lengths[: self.count] += 1
-        for row in range(self.count):
-            self.host_lengths[row] += 1
+    def __init__(self, cache: Cache, state: torch.Tensor):
+        self.pool, self.table, length = cache.pool, state[:, FIRST_PAGE:], state[:, LENGTH]
+        self.page = self.table.gather(1, (length // PAGE)[:, None].long())[:, 0].long()
+        self.offset, self.lengths = (length % PAGE).long(), length + 1
+        self.plan = None
+        if not state.is_cuda:
+            self.plan = plan_pages(self.table.cpu().numpy(), self.lengths.cpu().numpy(), PAGE, state.device)
 
     def attend(self, layer, query, key, value, scaling):
-        keys, values = self.keys[layer], self.values[layer]
-        count, heads, _, dim = query.shape
-        kv_heads = keys.shape[1]
-        keys[self.index, :, self.lengths[: self.count]] = key[:, :, 0]
-        values[self.index, :, self.lengths[: self.count]] = value[:, :, 0]
-        # One batched product over (row, kv head); a kv head's g query heads are its g rows. Views, no copies.
-        keys = keys[:count, :, : self.longest].flatten(0, 1)
-        values = values[:count, :, : self.longest].flatten(0, 1)
-        scores = torch.bmm(query.reshape(count * kv_heads, -1, dim) * scaling, keys.transpose(1, 2))
-        scores = scores.view(count, kv_heads, -1, self.longest) + self.bias[:, None, None]
-        weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-        return torch.bmm(weights.flatten(0, 1), values).view(count, heads, 1, dim)
+        keys, values = self.pool[layer]
+        keys[self.page, :, self.offset] = key[:, :, 0]
+        values[self.page, :, self.offset] = value[:, :, 0]
+        query = query[:, :, 0].contiguous()
+        return paged_attention(query, keys, values, self.table, self.lengths, scaling, self.plan)[:, :, None]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The sampler
 
 
-def choose(logits: torch.Tensor, temperature: float,
-           uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (R,V) f32, uniform (R,) in [0,1) -> token (R,), its log-prob (R,) at `temperature` (greedy: 1).
+@dataclass
+class Work:
+    """A prompt that waits for memory, or a paused trace: ids are read up to the last one, which is fed."""
 
-    The inverse of the cumulative distribution: one random number a row instead of one per entry of V."""
-    scaled = logits / temperature if temperature > 0 else logits
-    scaled = scaled - scaled.amax(-1, keepdim=True)
-    weights = scaled.exp()
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        cumulative = weights.cumsum(-1)
-        # uniform <= 1 - 2^-23 keeps the target strictly below the total: an entry of weight 0 is never taken
-        target = uniform.clamp(max=1 - 2**-23)[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    logprob = scaled.gather(1, token[:, None])[:, 0] - weights.sum(-1).log()
-    return token, logprob
+    ids: list[int]
+    traces: deque  # trace numbers still to start from here
+    tokens: list[int] = field(default_factory=list)  # of a paused trace
+    logprobs: list[float] = field(default_factory=list)
+    forced: list[int] | None = None
+    pages: list[Page] = field(default_factory=list)  # while prefilled
+
+
+class Rows:
+    """The traces being decoded, as arrays; live rows are 0..count-1. `state` is all that a step is told."""
+
+    def __init__(self, rows: int, width: int, max_new_tokens: int):
+        self.count, self.admitted = 0, 0
+        self.state = np.zeros((rows, FIRST_PAGE + width), np.int32)
+        self.tokens = np.zeros((rows, max_new_tokens), np.int32)
+        self.logprobs = np.zeros((rows, max_new_tokens), np.float32)
+        self.noise = np.zeros((rows, max_new_tokens), np.float32)
+        self.age = np.zeros(rows, np.int64)
+        self.sampling = np.ones(rows, bool)  # False: forced tokens follow, then the logits are read
+        self.pages: list[list[Page]] = [[] for _ in range(rows)]
+        self.forced: list[list[int] | None] = [None] * rows
+
+    def add(self, work: Work, trace: int, pages: list[Page], noise) -> None:
+        row, self.count, self.admitted = self.count, self.count + 1, self.admitted + 1
+        self.state[row, :FIRST_PAGE] = work.ids[-1], len(work.ids) - 1, trace, len(work.tokens)
+        self.tokens[row, : len(work.tokens)] = work.tokens
+        self.logprobs[row, : len(work.tokens)] = work.logprobs
+        self.noise[row], self.age[row], self.sampling[row] = noise, self.admitted, work.forced is None
+        self.pages[row], self.forced[row] = pages, work.forced
+        self.address(row)
+
+    def address(self, row: int) -> None:
+        """Write the places of the row's pages into its state."""
+        self.state[row, FIRST_PAGE : FIRST_PAGE + len(self.pages[row])] = [p.index for p in self.pages[row]]
+
+    def remove(self, row: int) -> list[Page]:
+        """The last row moves into the hole. Returns the row's pages, for the caller to drop."""
+        pages, self.count = self.pages[row], self.count - 1
+        for array in (self.state, self.tokens, self.logprobs, self.noise, self.age, self.sampling, self.pages,
+                      self.forced):
+            array[row] = array[self.count]
+        self.pages[self.count] = []
+        return pages
 
 
 class Sampler:
-    """Samples from a transformers causal LM. `max_rows` and `cache_gb` bound the rows decoded at once."""
+    """Samples from a transformers causal LM. `max_rows` bounds the traces decoded at once, `cache_gb` the
+    memory of their keys and values (default: 4 GB on a CPU, 60% of what is free on a GPU)."""
 
-    def __init__(self, model, max_rows: int = 256, cache_gb: float | None = None, prefill_tokens: int = 8192):
-        check_architecture(getattr(model, "name_or_path", "") or "this model", model.config)
-        self.model, self.max_rows = model, max_rows
-        self.cache_gb, self.prefill_tokens = cache_gb, prefill_tokens
+    def __init__(self, model, max_rows: int = 256, cache_gb: float | None = None, prefill_tokens: int = 8192,
+                 graphs: bool = True):
+        self.model, self.max_rows, self.cache_gb = model, max_rows, cache_gb
+        self.prefill_tokens, self.graphs = prefill_tokens, graphs
+        self.covered = covers(model.config)
+        if not self.covered:
+            print(f"{model.config.model_type} with {', '.join(layer_kinds(model.config))} layers: sample.py has "
+                  "no paged cache for it and takes transformers' own, prompt by prompt: slower",
+                  file=sys.stderr)
+        self.cache: Cache | None = None
+        self.replay: Graphs | None = None
+        self.pauses = 0  # traces paused so far for want of memory
 
     @torch.inference_mode()
     def sample(
@@ -336,172 +525,411 @@ class Sampler:
         temperature: float = 1.0,
         seed: int = 0,
         end_ids: list[int] | None = None,  # default: the end tokens of the model's generation config
-        shared: list[int] | None = None,  # per prompt: how many leading tokens neighbouring prompts share
         progress=None,  # called with the number of traces that ended, as they end
     ) -> list[Rollout]:
         """n traces for each prompt, prompt-major: the traces of prompt i are [i*n : (i+1)*n].
 
         Raises ValueError when prompt + max_new_tokens exceeds the model's context or the cache's memory."""
-        shared = shared or [0] * len(prompts)
-        self.check(prompts, n, max_new_tokens, temperature, shared)
-        if not prompts or n == 0:
-            return []
-        ends = set(end_tokens(self.model) if end_ids is None else end_ids)
-        capacity = max(map(len, prompts)) + max_new_tokens
-        rows = Rows(self.model, min(self.fitting_rows(capacity), len(prompts) * n), capacity)
-        noise = torch.zeros(len(rows.host_lengths), max_new_tokens, device=self.model.device)
-        ready = deque()  # prefilled: (prompt index, segment, traces still to start)
-        prefills = self.prefill_in_order(prompts, shared, lambda: len(rows.host_lengths) - rows.count)
-        results: list[Rollout | None] = [None] * (len(prompts) * n)
-        live: list[list] = []  # per row: [trace index, token ids, log-probs]
-        first = torch.zeros(len(rows.host_lengths), self.model.config.hidden_size,
-                            dtype=self.model.dtype, device=self.model.device)
-        admitted: list[int] = []  # rows whose first token comes from their prompt's last hidden state
-
-        with attention_of(self.model):
-            while True:
-                while rows.count < len(rows.host_lengths):  # a free row takes the next waiting trace at once
-                    if not ready:
-                        ready.extend([i, segment, n] for i, segment in next(prefills, []))
-                        if not ready:
-                            break
-                    item = ready[0]
-                    index, segment, left = item
-                    trace = index * n + n - left
-                    row, rows.count = rows.count, rows.count + 1
-                    rows.fill(row, segment)
-                    first[row] = segment.hidden
-                    admitted.append(row)
-                    noise[row] = trace_noise(seed, trace, max_new_tokens).to(noise.device)
-                    live.append([trace, [], []])
-                    item[2] -= 1
-                    if item[2] == 0:
-                        ready.popleft()  # the last trace has its copy: the prompt's cache is freed
-                if not live:
-                    break
-                # Rows just admitted have no new token yet: their first choice needs the prompt's logits only.
-                if admitted:
-                    which = torch.tensor(admitted, device=noise.device)
-                    hidden, admitted = first[which], []
-                else:
-                    which = torch.arange(rows.count, device=noise.device)
-                    last = torch.tensor([[tokens[-1]] for _, tokens, _ in live], device=noise.device)
-                    hidden = self.hidden(last, rows.begin_step(), rows)[:, 0]
-                    rows.end_step()
-                chosen = which.tolist()
-                position = torch.tensor([len(live[row][1]) for row in chosen], device=noise.device)
-                token, logprob = choose(self.logits(hidden), temperature, noise[which, position])
-                token, logprob = torch.stack([token.double(), logprob.double()]).tolist()  # one host copy
-                ended = []
-                for row, t, lp in zip(chosen, token, logprob):
-                    trace, tokens, logprobs = live[row]
-                    tokens.append(int(t))
-                    logprobs.append(min(lp, 0.0))
-                    finished = tokens[-1] in ends
-                    if finished or len(tokens) == max_new_tokens:
-                        prompt = prompts[trace // n]
-                        results[trace] = Rollout(tuple(prompt), tuple(tokens), tuple(logprobs), finished)
-                        ended.append(row)
-                for row in sorted(ended, reverse=True):  # the last live row moves into the hole
-                    rows.count -= 1
-                    if row != rows.count:
-                        rows.move(rows.count, row)
-                        noise[row] = noise[rows.count]
-                        live[row] = live[rows.count]
-                    live.pop()
-                if progress and ended:
-                    progress(len(ended))
-        return results
+        return self.run(prompts, n, max_new_tokens, temperature, seed, end_ids, progress)[0]
 
     @torch.inference_mode()
-    def next_logits(self, prompts: list[list[int]], token_ids: list[int], shared: list[int] | None = None):
+    def reply_logits(self, prompts: list[list[int]], stem: list[int], token_ids: list[int],
+                     max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+                     end_ids: list[int] | None = None) -> tuple[list[Rollout], torch.Tensor]:
+        """One reply a prompt, then the logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
+
+        The reply's end token is left out. The stem is fed over the reply's own cache, among the other rows."""
+        return self.run(prompts, 1, max_new_tokens, temperature, seed, end_ids, None, list(stem),
+                        list(token_ids))
+
+    @torch.inference_mode()
+    def next_logits(self, prompts: list[list[int]], token_ids: list[int],
+                    forks: list[list[tuple[int, list[int]]]] | None = None) -> torch.Tensor:
         """Logits (N, len(token_ids)) f32 of the token that follows each prompt, for `token_ids` only.
 
-        One forward pass; leading tokens that neighbours share (`shared` per prompt) are computed once."""
-        shared = shared or [0] * len(prompts)
-        self.check(prompts, 1, 0, 0.0, shared)
-        out = torch.zeros(len(prompts), len(token_ids))
-        weight = self.model.get_output_embeddings().weight[torch.tensor(token_ids, device=self.model.device)]
-        with attention_of(self.model):
-            for batch in self.prefill_in_order(prompts, shared, lambda: len(prompts), keep=False):
-                hidden = torch.stack([segment.hidden for _, segment in batch])
-                out[[i for i, _ in batch]] = (hidden @ weight.T).float().cpu()
+        forks: per prompt a list of (cut, suffix): read what follows prompt[:cut] + suffix instead, for all cuts
+        in one pass over the prompt; N counts them in order. Full pages of tokens that a prompt shares with the
+        ones before it (rubric, question, reference) are computed once: let such prompts stand together."""
+        forks = forks or [[(len(prompt), [])] for prompt in prompts]
+        longest = [max([cut + len(suffix) for cut, suffix in some], default=0) for some in forks]
+        self.check(prompts, 0, 1.0, longest)
+        for i, (prompt, some) in enumerate(zip(prompts, forks, strict=True)):
+            if any(not 0 < cut <= len(prompt) for cut, _ in some):
+                raise ValueError(f"prompt {i} of {len(prompt)} tokens cannot be cut at "
+                                 f"{[cut for cut, _ in some]}")
+        head = self.model.get_output_embeddings()
+        weight = head.weight[torch.tensor(token_ids, device=self.model.device)]
+        out = torch.zeros(sum(map(len, forks)), len(token_ids))
+        if not self.covered:
+            asked = [p[:cut] + list(suffix) for p, some in zip(prompts, forks) for cut, suffix in some]
+            for row, ids in enumerate(asked):
+                hidden = self.hidden(torch.tensor([ids], device=self.model.device))[0, -1]
+                out[row] = (hidden @ weight.T).float()
+            return out
+        rows, waiting = iter(range(len(out))), deque()
+        for prompt, some in zip(prompts, forks):
+            waiting.append((list(prompt), [(cut, list(suffix), next(rows)) for cut, suffix in some]))
+        pages = -(-max(map(len, prompts), default=1) // PAGE)
+        with attention_of(self.model), self.open(2 * pages + self.prefill_tokens // PAGE, pages) as cache:
+            kept: list[Page] = []  # those of the last prompt: its neighbour may start alike
+            while waiting:
+                batch, held, tokens = [], [], 0
+                while waiting and (not batch or tokens < self.prefill_tokens):
+                    ids, some = waiting[0]
+                    # what is read must be computed: at least the token before the first cut
+                    found = cache.table.match(ids[: min((cut for cut, _, _ in some), default=len(ids)) - 1])
+                    if batch and -(-len(ids) // PAGE) - len(found) > len(cache.table.free):
+                        cache.table.drop(found)
+                        break
+                    if -(-len(ids) // PAGE) - len(found) > len(cache.table.free):
+                        cache.table.drop(kept + found)
+                        kept, found = [], []
+                    waiting.popleft()
+                    start = len(found) * PAGE
+                    own = found + cache.take(-(-len(ids) // PAGE) - len(found))
+                    cache.table.publish(own, ids)
+                    held.append(own)
+                    batch += cut_pieces(ids, start, own, some)
+                    tokens += len(ids) - start + sum(len(suffix) for _, suffix, _ in some)
+                for hidden, reads in self.prefill(cache, batch):
+                    out[reads] = (hidden @ weight.T).float().cpu()
+                cache.table.drop(kept)
+                kept = held.pop()
+                for own in held:
+                    cache.table.drop(own)
+            cache.table.drop(kept)
         return out
 
-    def prefill_in_order(self, prompts, shared, wanted, keep=True):
-        """Yield lists of (prompt index, segment): up to `wanted()` prompts, about `prefill_tokens` tokens."""
-        users = Counter(tuple(p[:s]) for p, s in zip(prompts, shared) if s)
-        prefixes: dict[tuple, Segment] = {}
-        i = 0
-        while i < len(prompts):
-            batch, missing, tokens = [], {}, 0
-            while i < len(prompts) and (
-                    not batch or (len(batch) < wanted() and tokens < self.prefill_tokens)):
-                prefix = tuple(prompts[i][: shared[i]])
-                if prefix and prefix not in prefixes and prefix not in missing:
-                    missing[prefix] = Segment(prefix)
-                    tokens += len(prefix)
-                batch.append((i, prefix))
-                tokens += len(prompts[i]) - shared[i]
-                i += 1
-            if missing:
-                self.prefill(list(missing.values()))
-                prefixes.update(missing)
-            batch = [(j, Segment(prompts[j][shared[j]:], prefixes.get(prefix), keep), prefix)
-                     for j, prefix in batch]
-            self.prefill([segment for _, segment, _ in batch])
-            for _, segment, prefix in batch:
-                segment.prefix = None
-                users[prefix] -= 1
-                if prefix and users[prefix] == 0:
-                    del prefixes[prefix]  # freed with its last user
-            yield [(j, segment) for j, segment, _ in batch]
+    def prefill(self, cache: Cache, pieces: list[Piece]) -> list[tuple[torch.Tensor, list[int]]]:
+        """Fill pages, in passes of about `prefill_tokens`. Yields (hidden (reads, d), their result rows)."""
+        found, device = [], self.model.device
+        while pieces:
+            sizes = np.cumsum([len(piece.ids) for piece in pieces])
+            count = max(1, int(np.searchsorted(sizes, self.prefill_tokens, side="right")))
+            batch, pieces = pieces[:count], pieces[count:]
+            ids = torch.tensor([[t for piece in batch for t in piece.ids]], device=device)
+            positions = torch.tensor([[t for piece in batch for t in piece.positions]], device=device)
+            hidden = self.hidden(ids, positions, Prefill(cache, batch))[0]
+            starts = [0, *sizes[: count - 1].tolist()]
+            reads = [(at + index, row) for at, piece in zip(starts, batch) for index, row in piece.reads]
+            if reads:
+                where, rows = zip(*reads)
+                found.append((hidden[torch.tensor(where, device=device)], list(rows)))
+        return found
 
-    def prefill(self, segments: list[Segment]) -> None:
-        """Fill each segment's keys, values and last hidden state by one packed, unpadded forward pass."""
-        device = self.model.device
-        ids = torch.tensor([[t for s in segments for t in s.ids]], device=device)
-        positions = torch.cat([torch.arange(s.length - len(s.ids), s.length) for s in segments]).to(device)
-        hidden = self.hidden(ids, positions[None], Prefill(segments))[0]
-        ends = np.cumsum([len(s.ids) for s in segments]) - 1
-        for segment, last in zip(segments, hidden[torch.as_tensor(ends, device=device)]):
-            segment.hidden = last
-
-    def hidden(self, ids, positions, kv):
+    def hidden(self, ids, positions=None, kv=None):
         return self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False,
                                      kv=kv).last_hidden_state
 
-    def logits(self, hidden):
-        return self.model.get_output_embeddings()(hidden).float()
+    # ---- the loop: admit, grow, step, end ------------------------------------------------------------------
 
-    def fitting_rows(self, capacity: int) -> int:
-        """How many rows of `capacity` tokens the cache may hold."""
+    def run(self, prompts, n, max_new_tokens, temperature, seed, end_ids, progress, stem=(), token_ids=()):
+        room = max_new_tokens + len(stem)
+        self.check(prompts, n, temperature, [len(p) + room for p in prompts])
+        results: list[Rollout | None] = [None] * (len(prompts) * n)
+        read = torch.zeros(len(results) if stem else 0, len(token_ids))
+        if not results:
+            return results, read
+        ends = np.array(end_tokens(self.model) if end_ids is None else end_ids, np.int32)
+        if not self.covered:
+            return self.run_slowly(prompts, n, max_new_tokens, temperature, seed, ends, progress, stem,
+                                   token_ids)
+        most = -(-(max(map(len, prompts)) + room) // PAGE)  # pages of the longest trace
+        rows = Rows(min(self.max_rows, len(results)), most, max(max_new_tokens, 1))
+        waiting = deque(Work(list(p), deque(range(i * n, (i + 1) * n))) for i, p in enumerate(prompts))
+        wanted = (len(rows.pages) + 2) * most + self.prefill_tokens // PAGE
+        with (attention_of(self.model), packed_linears(self.model, len(rows.pages)),
+              self.open(wanted, most) as cache):
+            ready, kept = deque(), []
+
+            def retreat(row):
+                """Pause a row: free what is its own, and queue it with its tokens so far."""
+                trace, position = rows.state[row, [TRACE, POSITION]].tolist()
+                tokens, prompt = rows.tokens[row, :position].tolist(), list(prompts[trace // n])
+                ids, forced = prompt + tokens, rows.forced[row]
+                if forced is not None:
+                    ids = ids[: len(ids) - (tokens[-1] in ends)] + list(stem[: len(stem) - len(forced)])
+                waiting.appendleft(Work(ids, deque([trace]), tokens, rows.logprobs[row, :position].tolist(),
+                                        forced))
+                cache.table.drop(rows.remove(row))
+                self.pauses += 1
+
+            while True:
+                kept = self.admit(cache, rows, waiting, ready, kept, seed)
+                if not rows.count:
+                    break
+                # Each row that starts a page takes one. When they run short, prompts not started yet give
+                # theirs back, then the youngest row is paused; the oldest always fits, see fitting_pages().
+                while True:
+                    growing = [r for r in range(rows.count)
+                               if rows.state[r, LENGTH] == PAGE * len(rows.pages[r])]
+                    if len(growing) <= len(cache.table.free):
+                        break
+                    if kept:
+                        cache.table.drop(kept)
+                        kept = []
+                    elif ready:
+                        work = ready.pop()
+                        cache.table.drop(work.pages)
+                        work.pages = []
+                        waiting.appendleft(work)
+                    else:
+                        retreat(int(rows.age[: rows.count].argmax()))
+                for row, page in zip(growing, cache.take(len(growing))):
+                    rows.pages[row].append(page)
+                    rows.address(row)
+
+                token, logprob, logits = self.step(cache, rows, temperature, seed)
+                live = np.arange(rows.count)
+                state = rows.state[: rows.count]
+                state[:, LENGTH] += 1
+                drawn = live[rows.sampling[: rows.count]]
+                position = state[drawn, POSITION]
+                rows.tokens[drawn, position] = state[drawn, TOKEN] = token[drawn]
+                rows.logprobs[drawn, position] = np.minimum(logprob[drawn], 0.0)
+                state[drawn, POSITION] += 1
+                finished = np.isin(token, ends)
+                done = []
+                for row in live[~rows.sampling[: rows.count]].tolist():  # a forced continuation
+                    if rows.forced[row]:
+                        state[row, TOKEN] = rows.forced[row].pop(0)
+                    else:
+                        read[state[row, TRACE]] = logits[row, list(token_ids)].float().cpu()
+                        done.append(row)
+                ended = drawn[finished[drawn] | (state[drawn, POSITION] == max_new_tokens)].tolist()
+                for row in ended:
+                    trace, count = state[row, [TRACE, POSITION]].tolist()
+                    results[trace] = Rollout(
+                        tuple(prompts[trace // n]), tuple(rows.tokens[row, :count].tolist()),
+                        tuple(rows.logprobs[row, :count].tolist()), bool(finished[row]))
+                    if not stem:
+                        done.append(row)
+                        continue
+                    rows.sampling[row], rows.forced[row] = False, list(stem)
+                    if finished[row]:  # the end token is not fed
+                        state[row, TOKEN] = rows.forced[row].pop(0)
+                for row in sorted(done, reverse=True):
+                    cache.table.drop(rows.remove(row))
+                if done and cache.pool.device.type == "cpu":
+                    used = len(cache.table.pages) - len(cache.table.free)
+                    if cache.table.top() > 1.1 * used + 8:
+                        cache.copy(*cache.table.compact())
+                        for row in range(rows.count):
+                            rows.address(row)
+                if progress and ended:
+                    progress(len(ended))
+        return results, read
+
+    def admit(self, cache, rows, waiting, ready, kept, seed) -> list[Page]:
+        """Start waiting traces while rows and pages last. Returns the pages kept for a prompt's neighbour."""
+        table, copies = cache.table, ([], [])
+        while rows.count < len(rows.pages) and (ready or waiting):
+            spare = rows.count // 2 if rows.count else 0  # pages that the live rows will soon ask for
+            if not ready:
+                pieces, free, tokens = [], len(rows.pages) - rows.count, 0
+                while waiting and free > 0 and tokens < self.prefill_tokens:
+                    work = waiting[0]
+                    ids = work.ids[:-1]  # the last token is fed by the first step, which draws the next one
+                    found = table.match(ids)
+                    missing = -(-len(ids) // PAGE) - len(found)
+                    if missing + 1 + spare > len(table.free) and (rows.count or ready):
+                        table.drop(found)
+                        break
+                    table.drop(kept)
+                    work.pages = found + cache.take(missing)
+                    table.publish(work.pages, ids)
+                    kept = table.share(work.pages[: len(ids) // PAGE])
+                    pieces += cut_pieces(ids, len(found) * PAGE, work.pages)
+                    ready.append(waiting.popleft())
+                    free, tokens = free - len(work.traces), tokens + len(ids) - len(found) * PAGE
+                self.prefill(cache, pieces)
+                if not ready:
+                    break
+            work = ready[0]
+            full = (len(work.ids) - 1) // PAGE
+            tail, last = work.pages[full:], len(work.traces) == 1
+            if not last and len(table.free) < len(tail) + spare and rows.count:
+                break
+            if last:  # takes over the prompt's pages
+                pages, work.pages = work.pages, []
+                ready.popleft()
+            else:
+                pages = table.share(work.pages[:full]) + cache.take(len(tail))
+                copies[0].extend(page.index for page in tail)
+                copies[1].extend(page.index for page in pages[full:])
+            trace = work.traces.popleft()
+            rows.add(work, trace, pages, trace_noise(seed, trace, rows.noise.shape[1]))
+        cache.copy(*copies)
+        if not waiting and not ready:
+            table.drop(kept)
+            kept = []
+        return kept
+
+    def step(self, cache, rows, temperature, seed):
+        """Feed each row's token; draw the next: token (R,) and logprob (R,) on the host, logits (R,V)."""
+        state = rows.state[: rows.count]
+        if self.replay:
+            return self.replay(state, temperature, seed)
+        state = torch.from_numpy(state).to(self.model.device)
+        position = np.minimum(state[:, POSITION].cpu().numpy(), rows.noise.shape[1] - 1)
+        noise = torch.from_numpy(rows.noise[np.arange(rows.count), position]).to(self.model.device)
+        logits = self.decode(cache, state)
+        token, logprob = choose_token(logits, temperature, noise)
+        return token.cpu().numpy(), logprob.cpu().numpy(), logits
+
+    def decode(self, cache, state):
+        hidden = self.hidden(state[:, TOKEN : TOKEN + 1].long(), state[:, LENGTH : LENGTH + 1].long(),
+                             Decode(cache, state))
+        return self.model.get_output_embeddings()(hidden[:, 0])
+
+    # ---- memory --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def open(self, wanted: int, longest: int):
+        """A cache of at most `wanted` pages; whatever happens inside, no page stays taken.
+
+        On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
+        cuda = self.model.device.type == "cuda"
+        addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
+        count = min(wanted, self.fitting_pages(longest) if self.cache is None else 2**62)
+        if self.cache is None or len(self.cache.table.pages) < count or (
+                self.replay and self.replay.outdated(addresses, longest)):
+            self.cache = self.replay = None  # freed before its successor is made
+            self.cache = Cache(self.model, min(wanted, self.fitting_pages(longest)))
+            if cuda and self.graphs and triton is not None:
+                self.replay = Graphs(self, self.cache, self.max_rows, longest, addresses)
+        reserved = self.cache.take(1) if self.replay else []  # page 0 takes what padding rows write
+        try:
+            yield self.cache
+            self.cache.table.drop(reserved)
+            assert len(self.cache.table.free) == len(self.cache.table.pages), "a page is still held"
+        finally:
+            self.cache.table = PageTable(len(self.cache.table.pages))
+            if not cuda:
+                self.cache = None
+
+    def fitting_pages(self, longest: int) -> int:
+        """How many pages the cache may hold; refuses here what could never fit."""
         config = self.model.config
-        row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * capacity
-        row *= torch.finfo(self.model.dtype).bits // 8
+        page = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * PAGE
+        page *= self.model.dtype.itemsize
         if self.cache_gb is not None:
             budget = self.cache_gb * 2**30
         elif self.model.device.type == "cuda":
             budget = 0.6 * torch.cuda.mem_get_info(self.model.device)[0]
         else:
             budget = 4 * 2**30
-        if row > budget:
-            raise ValueError(f"one trace of {capacity} tokens needs {row / 2**30:.2f} GB of cache, "
-                             f"{budget / 2**30:.2f} GB are there: lower --max-new-tokens or raise --cache-gb")
-        return min(self.max_rows, int(budget // row))
+        least = page * (longest + 2)  # and a copy of a prompt's last page, and the page of padding rows
+        if least > budget:
+            raise ValueError(
+                f"one trace of {longest * PAGE} tokens needs {least / 2**30:.3g} GB of cache, "
+                f"{budget / 2**30:.3g} GB are there: lower --max-new-tokens or raise --cache-gb")
+        return int(budget // page)
 
-    def check(self, prompts, n, max_new_tokens, temperature, shared) -> None:
+    def check(self, prompts, n, temperature, needed) -> None:
         if temperature < 0 or n < 0:
             raise ValueError(f"temperature and n must not be negative, got {temperature} and {n}")
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        for i, (prompt, s) in enumerate(zip(prompts, shared, strict=True)):
-            if not 0 <= s < max(len(prompt), 1) or not prompt:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens, {s} of them shared: "
-                                 "at least one must be its own")
-            if limit and len(prompt) + max_new_tokens > limit:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it "
+        for i, (prompt, length) in enumerate(zip(prompts, needed, strict=True)):
+            if not prompt:
+                raise ValueError(f"prompt {i} has no token")
+            if limit and length > limit:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones it "
                                  f"exceeds the model's context of {limit}: "
                                  "lower --max-new-tokens or drop the problem")
+
+    # ---- other families ------------------------------------------------------------------------------------
+
+    def run_slowly(self, prompts, n, max_new_tokens, temperature, seed, ends, progress, stem, token_ids):
+        """The same with transformers' own cache, for layers that pages do not cover: one prompt at a time, its
+        n traces as a batch of equal lengths, so that nothing is padded."""
+        results, device = [], self.model.device
+        read = torch.zeros(len(prompts) * n if stem else 0, len(token_ids))
+        for i, prompt in enumerate(prompts):
+            noise = torch.stack([trace_noise(seed, i * n + j, max_new_tokens) for j in range(n)])
+            noise = noise.to(device)
+            ids, past = torch.tensor([prompt] * n, device=device), None
+            tokens, logprobs = [], []
+            over = torch.zeros(n, dtype=torch.bool, device=device)
+            for position in range(max_new_tokens):
+                out = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+                past = out.past_key_values
+                token, logprob = choose_token(out.logits[:, -1], temperature, noise[:, position])
+                tokens.append(token)
+                logprobs.append(logprob)
+                over |= torch.isin(token, torch.from_numpy(ends).to(device))
+                ids = token[:, None]
+                if over.all():
+                    break
+            for j in range(n):
+                row, lps = ([x[j].item() for x in column] for column in (tokens, logprobs))
+                end = next((k + 1 for k, t in enumerate(row) if t in ends), len(row))
+                finished = row[end - 1] in ends
+                lps = tuple(min(x, 0.0) for x in lps[:end])
+                results.append(Rollout(tuple(prompt), tuple(row[:end]), lps, bool(finished)))
+                if stem:
+                    asked = list(prompt) + row[: end - finished] + list(stem)
+                    logits = self.model(input_ids=torch.tensor([asked], device=device), logits_to_keep=1).logits
+                    read[len(results) - 1] = logits[0, -1, list(token_ids)].float().cpu()
+            if progress:
+                progress(n)
+        return results, read
+
+
+class Graphs:
+    """A decode step on CUDA, captured once per bucket of rows and replayed: one small copy to the device (the
+    rows' state), one launch, one small copy back (token and log-prob). Not yet run on a GPU."""
+
+    def __init__(self, sampler: Sampler, cache: Cache, rows: int, width: int, addresses: list[int]):
+        device = sampler.model.device
+        self.sampler, self.cache, self.addresses, self.graphs, self.memory = sampler, cache, addresses, {}, None
+        self.host = torch.zeros(bucket(rows), FIRST_PAGE + width, dtype=torch.int32, pin_memory=True)
+        self.state = self.host.to(device)
+        self.temperature = torch.ones(1, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def outdated(self, addresses, width) -> bool:
+        """The weights moved, or a trace may need more pages than a row of the state holds."""
+        return addresses != self.addresses or width > self.state.shape[1] - FIRST_PAGE
+
+    def __call__(self, state: np.ndarray, temperature: float, seed: int):
+        count, size = len(state), bucket(len(state))
+        self.host[:size] = 0  # padding rows: one token, written to page 0, which no trace owns
+        self.host[:count, : state.shape[1]] = torch.from_numpy(state)
+        self.state[:size].copy_(self.host[:size], non_blocking=True)
+        self.temperature.fill_(temperature)
+        self.seed.fill_(seed % 2**63)
+        if size not in self.graphs:
+            self.capture(size)
+        graph, drawn, logits = self.graphs[size]
+        graph.replay()
+        drawn = drawn.cpu().numpy()  # waits for the step: from here on the host buffer may be written again
+        return drawn[:count, 0].astype(np.int32), drawn[:count, 1], logits
+
+    def compute(self, state):
+        logits = self.sampler.decode(self.cache, state)
+        token, logprob = triton_choose(logits, self.temperature, self.seed, state[:, TRACE],
+                                       state[:, POSITION])
+        return torch.stack([token.float(), logprob], 1), logits  # a float32 holds every id below 2^24
+
+    def capture(self, size: int) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels and allocates workspaces outside the capture
+                self.compute(self.state[:size])
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory):
+            drawn, logits = self.compute(self.state[:size])
+        self.memory = self.memory or graph.pool()
+        self.graphs[size] = graph, drawn, logits
+
+
+def bucket(rows: int) -> int:
+    """Rows rounded up to 1, 2, 4, 8, and from there on four sizes per doubling: at most 25% padding."""
+    step = max(1, 2 ** (rows - 1).bit_length() // 8) if rows > 8 else 1
+    return -(-rows // step) * step if rows > 8 else 2 ** (rows - 1).bit_length()
 
 
 def trace_noise(seed: int, trace: int, tokens: int) -> torch.Tensor:
@@ -522,13 +950,14 @@ def end_tokens(model) -> list[int]:
 
 
 def evaluate(lm: LM, problems: list[Problem], n: int, ks, max_new_tokens: int, temperature: float,
-             seed: int = 0, max_rows: int = 256, progress=None) -> tuple[dict, list[dict]]:
+             seed: int = 0, max_rows: int = 256, progress=None,
+             cache_gb: float | None = None) -> tuple[dict, list[dict]]:
     """Sample n traces a problem -> metrics and one record per trace.
 
     metrics: {"pass@k": mean, "pass@k_low", "pass@k_high": 95% bootstrap interval over problems} for each k,
     and length (tokens), cut_off (share), tokens_per_second."""
     start = time.perf_counter()
-    rollouts = Sampler(lm.model, max_rows).sample(
+    rollouts = Sampler(lm.model, max_rows, cache_gb).sample(
         [lm.chat(p.question) for p in problems], n, max_new_tokens, temperature, seed, progress=progress
     )
     seconds = time.perf_counter() - start
@@ -608,6 +1037,10 @@ def main() -> None:
     parser.add_argument("--max-prompt-tokens", type=int, default=2048,
                         help="longer questions are reported and left out")
     parser.add_argument("--max-rows", type=int, default=256, help="traces decoded at the same time")
+    parser.add_argument("--cache-gb", type=float, default=None,
+                        help="memory for keys and values (default: 4 on a CPU, 60%% of what is free on a GPU)")
+    parser.add_argument("--bench", action="store_true",
+                        help="time sampling and judging beside transformers (experiments/bench_sampler.py)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--skip-bad-rows", action="store_true",
@@ -633,7 +1066,7 @@ def main() -> None:
         args.max_new_tokens = min(1024, room)
     with tqdm(total=len(problems) * args.n, unit="trace", disable=None) as bar:
         metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature,
-                                    args.seed, args.max_rows, bar.update)
+                                    args.seed, args.max_rows, bar.update, args.cache_gb)
     if args.out:
         write_atomically(args.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print(f"{lm.name} on {len(problems)} problems x {args.n} traces, temperature {args.temperature}")

@@ -1,12 +1,12 @@
 """Draw the next token of each row from its logits, and give its log-probability: temperature only.
 
-    token ~ softmax(logits / T)        logprob = log softmax(logits / T)[token]        T = 0: greedy, logprob at T = 1
+    token ~ softmax(logits / T)     logprob = log softmax(logits / T)[token]     T = 0: greedy, logprob at T = 1
 
 PyTorch (CPU): the inverse of the cumulative distribution at one uniform number per row. Drawing a number per
 entry costs more than all of this; sums of blocks of 256 entries are accumulated, then the entries of one.
 
-Triton (CUDA): one pass over the logits. token = argmax(logits / T + G), G = -log E Gumbel noise, E exponential
-(Gumbel 1954; the "exponential race"); maximum and sum of exponentials run along for the log-prob. The noise is
+Triton (CUDA): one pass over the logits. token = argmax(logits / T + G), G = -log E Gumbel noise, E
+exponential (the "exponential race"); maximum and sum of exponentials run along for the log-prob. The noise is
 Philox 4x32-10 (Salmon et al. 2011) of (seed, trace, position, entry): a row's token depends on nothing else.
 Few rows are split over the vocabulary and merged by a few small operations.
 Checked in Triton's interpreter; not yet timed on a GPU.
@@ -39,7 +39,7 @@ def choose_token(logits, temperature, uniform):
     token, rest = _invert(blocks, uniform)
     entry = token[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
     inside = p.gather(1, entry.clamp(max=V - 1)).masked_fill_(entry >= V, 0.0)
-    token = token * BLOCK + _invert(inside, rest / inside.sum(-1))[0]
+    token = (token * BLOCK + _invert(inside, rest / inside.sum(-1))[0]).clamp(max=V - 1)  # beyond it only for NaN
     return token, p.gather(1, token[:, None])[:, 0].log()
 
 
@@ -54,7 +54,7 @@ def _invert(weights, uniform):
 
 
 def philox(seed, trace, position, entry):
-    """Philox 4x32-10, the function that Triton calls tl.philox: int64 tensors -> uint32 of `entry` as int64."""
+    """Philox 4x32-10, Triton's tl.philox: int64 tensors -> the 32 bits of each entry as int64."""
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = torch.broadcast_tensors(entry // 4, position, trace, torch.zeros_like(entry))
     k0, k1 = seed & mask, seed >> 32 & mask
@@ -136,8 +136,7 @@ if triton is not None:
 def triton_choose(logits, temperature, seed, trace, position, splits=None):
     """logits (R,V) contiguous; temperature (1,) f32, seed (1,) int64; trace, position (R,) int32, same stride.
 
-    -> token (R,), logprob (R,) f32. Temperature and seed are tensors so that a CUDA graph can be replayed with
-    others. A row whose logits are NaN gets a NaN log-prob and entry 0."""
+    -> token (R,), logprob (R,) f32. Temperature and seed are tensors: a CUDA graph is replayed with others."""
     R, V = logits.shape
     assert logits.is_contiguous() and trace.stride() == position.stride()
     if splits is None:

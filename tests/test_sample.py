@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from sample import Sampler, choose, load_lm, resolve_model, trace_noise
+from sample import PAGE, PageTable, Sampler, bucket, load_lm, resolve_model, trace_noise
 
 
 def random_prompts(count, longest, seed=0):
@@ -66,20 +66,172 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_shared_prefixes_change_nothing():
+    """Prompts that start alike, at and off the ends of pages: shared pages, the same logits and traces."""
     net = tiny.model(seed=3)
-    head, other = list(range(40)), list(range(60, 75))
-    prompts = ([head + p for p in random_prompts(5, 20)] + [other + p for p in random_prompts(4, 20, seed=9)]
-               + [[1, 2]])
-    shared = [len(head)] * 5 + [len(other)] * 4 + [0]
-    plain = Sampler(net, max_rows=4).sample(prompts, 2, 20, seed=1)
+    head, other = [i % 250 for i in range(100)], list(range(60, 124))
+    prompts = ([head + p for p in random_prompts(5, 20)] + [other + p for p in random_prompts(4, 70, seed=9)]
+               + [[1, 2], head, head, head[:96], other])
     for prefill_tokens in (1, 30, 8192):
         sampler = Sampler(net, max_rows=4, prefill_tokens=prefill_tokens)
-        assert ([r.token_ids for r in sampler.sample(prompts, 2, 20, seed=1, shared=shared)]
-                == [r.token_ids for r in plain])
-        logits = sampler.next_logits(prompts, [3, 1, 250], shared=shared)
+        logits = sampler.next_logits(prompts, [3, 1, 250])
         with torch.no_grad():
             expected = torch.stack([net(torch.tensor([p])).logits[0, -1, [3, 1, 250]] for p in prompts])
         assert torch.allclose(logits, expected, atol=1e-4)
+        rollouts = sampler.sample(prompts, 2, 20, temperature=0)
+        for prompt, pair in zip(prompts, zip(rollouts[::2], rollouts[1::2])):
+            assert pair[0].token_ids == pair[1].token_ids
+            assert list(pair[0].token_ids) == generate(net, prompt, 20)
+
+
+def test_forks_read_every_cut_in_one_pass():
+    net = tiny.model(seed=5)
+    prompts = [[i % 250 for i in range(80)] + p for p in random_prompts(6, 60, seed=1)]
+    forks = [[(len(p), []), (40, [7, 8, 9]), (len(p), [7]), (40, []), (len(p) - 1, [1] * 40)] for p in prompts]
+    forks[2] = []
+    for prefill_tokens in (1, 100, 8192):
+        logits = Sampler(net, prefill_tokens=prefill_tokens).next_logits(prompts, [3, 1], forks)
+        asked = [p[:cut] + suffix for p, some in zip(prompts, forks) for cut, suffix in some]
+        with torch.no_grad():
+            expected = torch.stack([net(torch.tensor([ids])).logits[0, -1, [3, 1]] for ids in asked])
+        assert torch.allclose(logits, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        Sampler(net).next_logits([[1, 2]], [3], [[(0, [1])]])
+
+
+@pytest.mark.parametrize("pages", [None, 9])
+def test_a_forced_stem_continues_the_reply(pages):
+    """The critique judge: reply, stem, logits, with pauses in all phases when pages are few."""
+    net = tiny.model(seed=6)
+    prompts = [[i % 250 for i in range(70)] + p for p in random_prompts(9, 30, seed=4)]
+    sampler = Sampler(net, max_rows=5, cache_gb=pages and pages * page_bytes(net) / 2**30)
+    ends, stem = list(range(0, 260, 20)), list(range(100, 140))
+    rollouts, logits = sampler.reply_logits(prompts, stem, [3, 1], 40, end_ids=ends)
+    assert bool(sampler.pauses) == bool(pages)
+    assert any(r.finished for r in rollouts) and not all(r.finished for r in rollouts)
+    for prompt, rollout, row in zip(prompts, rollouts, logits):
+        net.generation_config.eos_token_id = ends
+        assert list(rollout.token_ids) == generate(net, prompt, 40)
+        body = rollout.token_ids[: len(rollout.token_ids) - rollout.finished]
+        with torch.no_grad():
+            expected = net(torch.tensor([prompt + list(body) + stem])).logits[0, -1, [3, 1]]
+        assert torch.allclose(row, expected, atol=1e-4)
+
+
+def page_bytes(net):
+    c = net.config
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * PAGE * net.dtype.itemsize
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_pauses_lose_nothing(family):
+    """A cache of 14 pages for 8 rows: rows are paused, resumed, and end as they would with room for all."""
+    net = tiny.model(family, seed=2)
+    prompts = random_prompts(9, 70)
+    roomy, tight = Sampler(net), Sampler(net, max_rows=8, cache_gb=14 * page_bytes(net) / 2**30)
+    for n, temperature in ((1, 0.0), (3, 1.0)):
+        want = roomy.sample(prompts, n, 70, temperature, seed=3)
+        got = tight.sample(prompts, n, 70, temperature, seed=3)
+        assert [r.token_ids for r in got] == [r.token_ids for r in want]
+        for a, b in zip(got, want):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert tight.pauses > 10 and roomy.pauses == 0
+
+
+def test_a_page_table_under_random_use():
+    """Thousands of random admissions, growths, pauses and ends; after each, the invariants."""
+    rng, table = random.Random(0), PageTable(60)
+    live = []  # [pages, ids, how many of the pages are full and known]
+    for step in range(6000):
+        kind = rng.random()
+        if kind < 0.4 and len(live) < 12:
+            ids = [rng.randrange(2) for _ in range(rng.randrange(1, 4))]
+            ids = [t for t in ids for _ in range(PAGE)] + [5] * rng.randrange(PAGE)  # few kinds: many share
+            found = table.match(ids)
+            missing = -(-len(ids) // PAGE) - len(found)
+            if missing > len(table.free):
+                table.drop(found)
+            else:
+                pages = found + [table.take() for _ in range(missing)]
+                table.publish(pages, ids)
+                live.append([pages, ids, len(ids) // PAGE])
+        elif kind < 0.6 and live and table.free:
+            rng.choice(live)[0].append(table.take())
+        elif kind < 0.7 and live:  # another trace of the same prompt
+            pages, ids, full = rng.choice(live)
+            live.append([table.share(pages[:full]), ids, full])
+        elif kind < 0.95 and live:
+            table.drop(live.pop(rng.randrange(len(live)))[0])
+        else:
+            sources, targets = table.compact()
+            assert len(sources) == len(targets) and table.top() == len(table.pages) - len(table.free)
+        holders = [page for pages, _, _ in live for page in pages]
+        taken = {page.index: page for page in holders}
+        assert sorted([*taken, *table.free]) == list(range(60))
+        assert all(table.pages[i] is (taken.get(i)) for i in range(60))
+        assert all(page.users == holders.count(page) for page in taken.values())
+        for page in taken.values():  # held twice only where the tokens are the same
+            tokens = {tuple(ids[: (pages.index(page) + 1) * PAGE]) for pages, ids, full in live if page in pages}
+            assert page.users == 1 or len(tokens) == 1
+        assert set(table.known.values()) <= set(taken.values())
+    for pages, _, _ in live:
+        table.drop(pages)
+    assert sorted(table.free) == list(range(60)) and not table.known
+
+
+def test_an_interrupt_leaves_no_page_behind():
+    """Ctrl-C in the middle of a step, of a prefill and of an admission; the sampler works on as before."""
+    net = tiny.model(seed=2)
+    prompts = random_prompts(9, 70)
+    sampler = Sampler(net, max_rows=4, prefill_tokens=64)
+    want = sampler.sample(prompts, 2, 30, seed=1)
+    for name, calls in (("step", 5), ("prefill", 2), ("hidden", 9), ("admit", 7)):
+        original, count = getattr(sampler, name), [0]
+
+        def interrupted(*args, original=original, count=count, calls=calls):
+            count[0] += 1
+            if count[0] == calls:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        setattr(sampler, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sampler.sample(prompts, 2, 30, seed=1)
+        delattr(sampler, name)
+        assert sampler.cache is None or len(sampler.cache.table.free) == len(sampler.cache.table.pages)
+        assert "forward" not in vars(net.model.layers[0].mlp.up_proj)
+        assert [r.token_ids for r in sampler.sample(prompts, 2, 30, seed=1)] == [r.token_ids for r in want]
+
+
+def test_weights_changed_in_place_are_noticed():
+    net = tiny.model(seed=2)
+    sampler = Sampler(net)
+    before = sampler.sample([[1, 2, 3]], 1, 30, temperature=0)[0]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    after = sampler.sample([[1, 2, 3]], 1, 30, temperature=0)[0]
+    assert before.token_ids != after.token_ids and list(after.token_ids) == generate(net, [1, 2, 3], 30)
+
+
+def test_other_families_take_the_slow_path(capsys):
+    """Sliding windows: transformers' own cache, said on stderr; the same results as generate."""
+    net = tiny.model(seed=7, use_sliding_window=True, sliding_window=16, max_window_layers=0,
+                     layer_types=["full_attention", "sliding_attention"])
+    sampler = Sampler(net)
+    assert "sliding_attention" in capsys.readouterr().err and not sampler.covered
+    prompts, ends = random_prompts(3, 40), list(range(0, 260, 20))
+    net.generation_config.eos_token_id = ends
+    for prompt, rollout in zip(prompts, sampler.sample(prompts, 1, 40, temperature=0)):
+        assert list(rollout.token_ids) == generate(net, prompt, 40)
+        assert rollout.finished == (rollout.token_ids[-1] in ends)
+    rollouts = sampler.sample(prompts, 2, 20, 0.7, seed=5)
+    assert len(rollouts) == 6 and rollouts[0].token_ids != rollouts[1].token_ids
+    for r in rollouts:
+        assert r.logprobs == pytest.approx(teacher_forced(net, r, 0.7), abs=1e-4)
+    rollouts, logits = sampler.reply_logits(prompts, [7, 8], [3, 1], 10)
+    bodies = [r.token_ids[: len(r.token_ids) - r.finished] for r in rollouts]
+    again = sampler.next_logits([p + list(b) + [7, 8] for p, b in zip(prompts, bodies)], [3, 1])
+    assert torch.allclose(logits, again, atol=1e-4)
 
 
 def test_sampled_tokens_follow_the_distribution():
@@ -94,16 +246,6 @@ def test_sampled_tokens_follow_the_distribution():
     expected = torch.cat([p[big], p[~big].sum()[None]]) * draws
     statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations
-
-
-def test_choose_on_hard_rows():
-    logits = torch.tensor([[-1e9, 0.0, -1e9, -1e9], [1e4, -1e4, 1e4, 0.0], [0.0, 0.0, 0.0, -float("inf")]])
-    for u in (0.0, 0.25, 0.4999, 0.75, 1 - 2**-24):
-        token, logp = choose(logits, 1.0, torch.full((3,), u))
-        assert token[0] == 1 and token[1] in (0, 2) and token[2] < 3
-        assert (logp <= 0).all() and logp.isfinite().all()
-    token, logp = choose(logits, 0.0, torch.zeros(3))
-    assert token[0] == 1 and token[1] == 0
 
 
 def test_noise_is_a_function_of_seed_trace_and_position():
@@ -129,8 +271,8 @@ def test_limits_are_refused_before_sampling():
         Sampler(net, cache_gb=1e-6).sample([[1]], max_new_tokens=30)
     with pytest.raises(ValueError, match="negative"):
         Sampler(net).sample([[1]], max_new_tokens=3, temperature=-1)
-    with pytest.raises(ValueError, match="at least one must be its own"):
-        Sampler(net).sample([[1, 2]], max_new_tokens=3, shared=[2])
+    with pytest.raises(ValueError, match="no token"):
+        Sampler(net).sample([[1], []], max_new_tokens=3)
 
 
 def test_attention_is_restored_even_after_an_error():
@@ -158,20 +300,19 @@ def test_model_names(tmp_path, capsys):
         load_lm(str(folder))
 
 
-def test_other_architectures_are_refused(tmp_path):
-    folder = tiny.save(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(
-        config | {"layer_types": ["full_attention", "sliding_attention"]}))
-    with pytest.raises(SystemExit, match="sliding_attention"):
-        load_lm(str(folder))
-    (folder / "config.json").write_text(json.dumps(config))
-    tok = tiny.tokenizer()
+def test_a_model_without_chat_template_is_refused(tmp_path):
+    folder, tok = tiny.save(tmp_path / "m"), tiny.tokenizer()
     tok.chat_template = None
     (folder / "chat_template.jinja").unlink()
     tok.save_pretrained(folder)
     with pytest.raises(SystemExit, match="chat template"):
         load_lm(str(folder))
+
+
+def test_buckets_pad_little():
+    sizes = [bucket(rows) for rows in range(1, 1025)]
+    assert all(rows <= size <= max(rows * 1.25, 8) for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 40 and sizes[1023] == 1024
 
 
 def test_hub_model_from_a_local_cache(tmp_path):
