@@ -4,22 +4,22 @@
 
 One engine serves rollouts, evaluation and the judge:
 
-    prompts ──► waiting ──► prefill: packed, unpadded, in passes ──► pages of PAGE tokens (keys, values)
-                   ▲        what starts like a live prompt shares          │ a prompt's full pages: shared by its n
-                   │        that prompt's pages                            │ traces; its partly filled one: copied
-                   │                                                       ▼
-                   └── paused: pages ran short, tokens kept ──── rows, each with a list of pages ◄─────┐
-                                                                           │                           │
-       Rollout ◄── ended: pages freed, the next trace enters ◄── step: feed one token a row, attend ───┘
-                                                                 over pages, draw token and log-prob
+    prompts ──► waiting ──► prefill: packed, unpadded, ──► pages of PAGE tokens (keys, values)
+                   ▲        in passes; prompts that start     │ a prompt's full pages are shared by its n
+                   │        alike share pages                 │ traces, its partly filled last one is copied
+                   │                                          ▼
+                   └── paused: pages ran short ◄── rows, each with a list of pages ◄────────┐
+                       (tokens are kept)                      │                             │
+       Rollout ◄── ended: pages freed, ◄──────── step: feed one token a row, attend over ───┘
+                   the next trace enters         pages, draw token and log-prob
 
 The models are the ones of transformers. Only their attention is replaced, through its AttentionInterface: our
 function writes keys and values into pages, so rows of any length share a batch unpadded.
 Temperature is the only sampling knob: with top-k or top-p the sampled distribution is not the trained one.
-The noise of a token depends on (seed, trace, position) alone: a trace does not depend on who shares its batch.
+A token's noise depends on (seed, trace, position) alone: a trace does not depend on who shares its batch.
 Other architectures (sliding window, linear attention) take transformers' own cache: slower, said on stderr.
 
-Left out: several GPUs, speculation, pages kept between calls. It knows nothing of judges, rewards or training.
+Left out: several GPUs, speculation, pages kept between calls. It knows nothing of judges and rewards.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         print(f"model {name} -> {path}", file=sys.stderr)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        # tokenizer.json as it stands: AutoTokenizer would rebuild every Qwen2 tokenizer with Qwen's own word split
+        # tokenizer.json as it stands: AutoTokenizer rebuilds every Qwen2 tokenizer with Qwen's own word split
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
@@ -267,7 +267,7 @@ class Cache:
     def __init__(self, model, pages: int):
         config, device = model.config, model.device
         shape = (config.num_hidden_layers, 2, pages, config.num_key_value_heads, PAGE, head_size(config))
-        if device.type == "cpu":  # numpy's zeros are the system's: memory is used when a page is first written
+        if device.type == "cpu":  # numpy's zeros take memory only when a page is first written
             raw = np.zeros(int(np.prod(shape)) * model.dtype.itemsize, np.uint8)
             self.pool = torch.from_numpy(raw).view(model.dtype).view(shape)
         else:
@@ -320,7 +320,7 @@ def attention_of(model):
 @contextmanager
 def packed_linears(model, rows: int):
     """Inside, on an x86 CPU, linear layers multiply by a copy of their weights in oneDNN's own layout: 1.2
-    (64 rows, bfloat16) to 2 times (16 rows, float32) faster. Packed anew at each entry: weights may change."""
+    (64 rows, bfloat16) to 2 times (16 rows, float32) faster. Packed anew at each entry: weights change."""
     packed = []
     try:
         if model.device.type == "cpu" and torch.backends.mkldnn.is_available() and PACKS:
@@ -348,8 +348,8 @@ if PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 @dataclass
 class Piece:
     """A run of a sequence for one prefill pass: ids behind `start` tokens that lie in `pages`. The first
-    `keep` are written there. mask (T, start + T): what each sees, None for plain causal. reads: (index in ids,
-    result row)."""
+    `keep` are written there. mask (T, start + T): what each sees, None for plain causal. reads: (index in
+    ids, result row)."""
 
     ids: list[int]
     positions: list[int]
@@ -509,7 +509,8 @@ class Sampler:
         self.prefill_tokens, self.graphs = prefill_tokens, graphs
         self.covered = covers(model.config)
         if not self.covered:
-            print(f"{model.config.model_type} with {', '.join(layer_kinds(model.config))} layers: sample.py has "
+            kinds = ", ".join(layer_kinds(model.config))
+            print(f"{model.config.model_type} with {kinds} layers: sample.py has "
                   "no paged cache for it and takes transformers' own, prompt by prompt: slower",
                   file=sys.stderr)
         self.cache: Cache | None = None
@@ -536,9 +537,9 @@ class Sampler:
     def reply_logits(self, prompts: list[list[int]], stem: list[int], token_ids: list[int],
                      max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
                      end_ids: list[int] | None = None) -> tuple[list[Rollout], torch.Tensor]:
-        """One reply a prompt, then the logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
+        """One reply a prompt, then logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
 
-        The reply's end token is left out. The stem is fed over the reply's own cache, among the other rows."""
+        The reply's end token is left out. The stem is fed over the reply's own cache, among other rows."""
         return self.run(prompts, 1, max_new_tokens, temperature, seed, end_ids, None, list(stem),
                         list(token_ids))
 
@@ -547,9 +548,10 @@ class Sampler:
                     forks: list[list[tuple[int, list[int]]]] | None = None) -> torch.Tensor:
         """Logits (N, len(token_ids)) f32 of the token that follows each prompt, for `token_ids` only.
 
-        forks: per prompt a list of (cut, suffix): read what follows prompt[:cut] + suffix instead, for all cuts
-        in one pass over the prompt; N counts them in order. Full pages of tokens that a prompt shares with the
-        ones before it (rubric, question, reference) are computed once: let such prompts stand together."""
+        forks: per prompt a list of (cut, suffix): read what follows prompt[:cut] + suffix instead, for all
+        cuts in one pass over the prompt; N counts them in order. Full pages of tokens that a prompt shares
+        with the one before (rubric, question, reference) are computed once: let such prompts stand together.
+        """
         forks = forks or [[(len(prompt), [])] for prompt in prompts]
         longest = [max([cut + len(suffix) for cut, suffix in some], default=0) for some in forks]
         self.check(prompts, 0, 1.0, longest)
@@ -834,15 +836,15 @@ class Sampler:
             if not prompt:
                 raise ValueError(f"prompt {i} has no token")
             if limit and length > limit:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones it "
-                                 f"exceeds the model's context of {limit}: "
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones "
+                                 f"it exceeds the model's context of {limit}: "
                                  "lower --max-new-tokens or drop the problem")
 
     # ---- other families ------------------------------------------------------------------------------------
 
     def run_slowly(self, prompts, n, max_new_tokens, temperature, seed, ends, progress, stem, token_ids):
-        """The same with transformers' own cache, for layers that pages do not cover: one prompt at a time, its
-        n traces as a batch of equal lengths, so that nothing is padded."""
+        """The same with transformers' own cache, for layers that pages do not cover: one prompt at a time,
+        its n traces as a batch of equal lengths, so that nothing is padded."""
         results, device = [], self.model.device
         read = torch.zeros(len(prompts) * n if stem else 0, len(token_ids))
         for i, prompt in enumerate(prompts):
@@ -869,7 +871,7 @@ class Sampler:
                 results.append(Rollout(tuple(prompt), tuple(row[:end]), lps, bool(finished)))
                 if stem:
                     asked = list(prompt) + row[: end - finished] + list(stem)
-                    logits = self.model(input_ids=torch.tensor([asked], device=device), logits_to_keep=1).logits
+                    logits = self.model(torch.tensor([asked], device=device), logits_to_keep=1).logits
                     read[len(results) - 1] = logits[0, -1, list(token_ids)].float().cpu()
             if progress:
                 progress(n)
@@ -882,7 +884,8 @@ class Graphs:
 
     def __init__(self, sampler: Sampler, cache: Cache, rows: int, width: int, addresses: list[int]):
         device = sampler.model.device
-        self.sampler, self.cache, self.addresses, self.graphs, self.memory = sampler, cache, addresses, {}, None
+        self.sampler, self.cache, self.addresses = sampler, cache, addresses
+        self.graphs, self.memory = {}, None
         self.host = torch.zeros(bucket(rows), FIRST_PAGE + width, dtype=torch.int32, pin_memory=True)
         self.state = self.host.to(device)
         self.temperature = torch.ones(1, device=device)
@@ -1038,14 +1041,19 @@ def main() -> None:
                         help="longer questions are reported and left out")
     parser.add_argument("--max-rows", type=int, default=256, help="traces decoded at the same time")
     parser.add_argument("--cache-gb", type=float, default=None,
-                        help="memory for keys and values (default: 4 on a CPU, 60%% of what is free on a GPU)")
-    parser.add_argument("--bench", action="store_true",
-                        help="time sampling and judging beside transformers (experiments/bench_sampler.py)")
+                        help="memory for keys and values (default: 4 on a CPU, 60%% of the free on a GPU)")
+    parser.add_argument("--bench", nargs="?", const="", default=None, metavar="JUDGE",
+                        help="time sampling, and judging with JUDGE, beside transformers (a table and a CSV, "
+                             "see experiments/bench_sampler.py)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--skip-bad-rows", action="store_true",
                         help="count and drop bad rows instead of stopping")
     args = parser.parse_args()
+    if args.bench is not None:
+        sys.path.append(str(Path(__file__).parent / "experiments"))
+        import bench_sampler
+        return bench_sampler.main(args.model, args.bench, args.data[0], pick_device(args.device))
     ks = args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]
     if args.n < 1 or max(ks) > args.n or min(ks) < 1:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")

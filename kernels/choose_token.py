@@ -1,6 +1,6 @@
 """Draw the next token of each row from its logits, and give its log-probability: temperature only.
 
-    token ~ softmax(logits / T)     logprob = log softmax(logits / T)[token]     T = 0: greedy, logprob at T = 1
+    token ~ softmax(logits / T)    logprob = log softmax(logits / T)[token]    T = 0: greedy, logprob at T = 1
 
 PyTorch (CPU): the inverse of the cumulative distribution at one uniform number per row. Drawing a number per
 entry costs more than all of this; sums of blocks of 256 entries are accumulated, then the entries of one.
@@ -39,7 +39,8 @@ def choose_token(logits, temperature, uniform):
     token, rest = _invert(blocks, uniform)
     entry = token[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
     inside = p.gather(1, entry.clamp(max=V - 1)).masked_fill_(entry >= V, 0.0)
-    token = (token * BLOCK + _invert(inside, rest / inside.sum(-1))[0]).clamp(max=V - 1)  # beyond it only for NaN
+    token = token * BLOCK + _invert(inside, rest / inside.sum(-1))[0]
+    token = token.clamp(max=V - 1)  # it passes V only where the logits are NaN
     return token, p.gather(1, token[:, None])[:, 0].log()
 
 
@@ -134,9 +135,10 @@ if triton is not None:
 
 
 def triton_choose(logits, temperature, seed, trace, position, splits=None):
-    """logits (R,V) contiguous; temperature (1,) f32, seed (1,) int64; trace, position (R,) int32, same stride.
+    """logits (R,V) contiguous; temperature (1,) f32, seed (1,) int64; trace, position (R,) int32, one stride.
 
-    -> token (R,), logprob (R,) f32. Temperature and seed are tensors: a CUDA graph is replayed with others."""
+    -> token (R,), logprob (R,) f32. Temperature and seed are tensors, so that a CUDA graph can be replayed
+    with others."""
     R, V = logits.shape
     assert logits.is_contiguous() and trace.stride() == position.stride()
     if splits is None:
@@ -144,8 +146,8 @@ def triton_choose(logits, temperature, seed, trace, position, splits=None):
     token = torch.empty(R, splits, dtype=torch.int32, device=logits.device)
     stats = torch.empty(R, splits, 4, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        choose_kernel[(R, splits)](logits, seed, temperature, trace, position, token, stats, V, trace.stride(0),
-                                   SPLITS=splits, BLOCK=BLOCK)
+        choose_kernel[(R, splits)](logits, seed, temperature, trace, position, token, stats, V,
+                                   trace.stride(0), SPLITS=splits, BLOCK=BLOCK)
     best, z, top, total = stats.unbind(-1)
     chosen = best.argmax(-1, keepdim=True)
     lse = (top + total.log()).logsumexp(-1)
