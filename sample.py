@@ -514,6 +514,7 @@ class Sampler:
                   "no paged cache for it and takes transformers' own, prompt by prompt: slower",
                   file=sys.stderr)
         self.cache: Cache | None = None
+        self.wanted = 0  # pages asked for when the cache was made
         self.replay: Graphs | None = None
         self.pauses = 0  # traces paused so far for want of memory
 
@@ -572,7 +573,7 @@ class Sampler:
         for prompt, some in zip(prompts, forks):
             waiting.append((list(prompt), [(cut, list(suffix), next(rows)) for cut, suffix in some]))
         pages = -(-max(map(len, prompts), default=1) // PAGE)
-        with attention_of(self.model), self.open(2 * pages + self.prefill_tokens // PAGE, pages) as cache:
+        with self.open(2 * pages + self.prefill_tokens // PAGE, pages) as cache, attention_of(self.model):
             kept: list[Page] = []  # those of the last prompt: its neighbour may start alike
             while waiting:
                 batch, held, tokens = [], [], 0
@@ -640,8 +641,8 @@ class Sampler:
         rows = Rows(min(self.max_rows, len(results)), most, max(max_new_tokens, 1))
         waiting = deque(Work(list(p), deque(range(i * n, (i + 1) * n))) for i, p in enumerate(prompts))
         wanted = (len(rows.pages) + 2) * most + self.prefill_tokens // PAGE
-        with (attention_of(self.model), packed_linears(self.model, len(rows.pages)),
-              self.open(wanted, most) as cache):
+        with (self.open(wanted, most) as cache, attention_of(self.model),
+              packed_linears(self.model, len(rows.pages))):
             ready, kept = deque(), []
 
             def retreat(row):
@@ -663,8 +664,9 @@ class Sampler:
                 # Each row that starts a page takes one. When they run short, prompts not started yet give
                 # theirs back, then the youngest row is paused; the oldest always fits, see fitting_pages().
                 while True:
-                    growing = [r for r in range(rows.count)
-                               if rows.state[r, LENGTH] == PAGE * len(rows.pages[r])]
+                    lengths = rows.state[: rows.count, LENGTH]
+                    growing = [r for r in np.flatnonzero(lengths % PAGE == 0).tolist()
+                               if lengths[r] == PAGE * len(rows.pages[r])]
                     if len(growing) <= len(cache.table.free):
                         break
                     if kept:
@@ -793,11 +795,12 @@ class Sampler:
         On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
         cuda = self.model.device.type == "cuda"
         addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
-        count = min(wanted, self.fitting_pages(longest) if self.cache is None else 2**62)
-        if self.cache is None or len(self.cache.table.pages) < count or (
+        if self.cache is None or wanted > self.wanted or longest + 2 > len(self.cache.table.pages) or (
                 self.replay and self.replay.outdated(addresses, longest)):
-            self.cache = self.replay = None  # freed before its successor is made
-            self.cache = Cache(self.model, min(wanted, self.fitting_pages(longest)))
+            self.cache = self.replay = None  # freed before the successor is made
+            if cuda:
+                torch.cuda.empty_cache()
+            self.cache, self.wanted = Cache(self.model, min(wanted, self.fitting_pages(longest))), wanted
             if cuda and self.graphs and triton is not None:
                 self.replay = Graphs(self, self.cache, self.max_rows, longest, addresses)
         reserved = self.cache.take(1) if self.replay else []  # page 0 takes what padding rows write

@@ -117,7 +117,7 @@ def prefix_grades(judge, problems, traces, steps=6):
 
 
 def judging(lm, problems, texts, rounds, reply):
-    """4 problems x 8 traces. `texts`: what a policy wrote, or the references cut at different places."""
+    """4 problems x 8 traces, and 6 prefixes of each."""
     group = [p for p in problems[:4] for _ in range(8)]
     judge = Judge(lm.model, lm.tokenizer, readout="expected")
     free = Judge(lm.model, lm.tokenizer, readout="generate", reply_tokens=reply)
@@ -208,7 +208,9 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu",
         add(dtype, sampling(load_lm(model, device, getattr(torch, dtype)), problems, rows, tokens, rounds))
     if judge:
         print(f"judging, {judge}, bfloat16")
-        texts = [p.solution[: len(p.solution) * (k + 1) // 8] for p in problems[:4] for k in range(8)]
+        # stand-ins for traces, of about a trace's length: the reference twice, cut at eight places
+        texts = [2 * f"{p.solution}\n\n" for p in problems[:4]]
+        texts = [text[: len(text) * (8 + k) // 15] for text in texts for k in range(8)]
         add("bfloat16", judging(load_lm(judge, device, torch.bfloat16), problems, texts, rounds,
                                 tokens))
     if device.startswith("cuda"):

@@ -91,6 +91,7 @@ def test_a_plan_names_every_page_once():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("rows", [1, 64, 1024])
 def test_gpu_sizes(rows):
     generator = np.random.default_rng(rows)
