@@ -6,8 +6,11 @@ as a program (`python kernels/token_logprob.py`) checks its results against floa
 
 from .choose_token import choose_token
 from .paged_attention import paged_attention, plan_pages
+from .policy_head import policy_head
 from .reverse_kl import reverse_kl
 from .token_advantages import token_advantages
 from .token_logprob import token_logprob
 
-__all__ = ["choose_token", "paged_attention", "plan_pages", "reverse_kl", "token_advantages", "token_logprob"]
+__all__ = [
+    "choose_token", "paged_attention", "plan_pages", "policy_head", "reverse_kl", "token_advantages", "token_logprob",
+]

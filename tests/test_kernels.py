@@ -42,8 +42,9 @@ def version(request, monkeypatch):
     """Runs a token_logprob test with each version's row functions, Triton's in blocks of 64 columns."""
     names = (f"{request.param}_row_stats", f"{request.param}_row_grads_")
     functions = tuple(getattr(logprob, name) for name in names)
-    monkeypatch.setattr(logprob, "_row_functions", lambda hidden: functions)
-    monkeypatch.setattr(logprob, "_block", lambda V: 64)
+    monkeypatch.setattr(logprob, "row_functions", lambda hidden: functions)
+    monkeypatch.setattr(logprob, "block", lambda V: 64)
+    monkeypatch.setitem(logprob.SLAB_BYTES, DEVICE, 4 * 4 * 130)  # PyTorch's functions: 4 rows of 130 at once
     return request.param
 
 
@@ -79,7 +80,7 @@ def assert_near(got, want, tolerance):
 @pytest.mark.parametrize("use", [(1, 1), (1, 0), (0, 1)])
 @pytest.mark.parametrize("shape, temperature", [((1, 8, 5), 1.0), ((17, 16, 130), 0.6), ((5, 12, 1003), 1.7)])
 def test_values_and_gradients(version, monkeypatch, shape, temperature, use):
-    monkeypatch.setitem(logprob.CHUNK_BYTES, DEVICE, 7 * shape[2] * 4)  # 7 rows a chunk: 7 + 7 + 3
+    monkeypatch.setitem(logprob.CHUNK_BYTES, DEVICE, 7 * shape[2] * 4)  # at most 7 rows a chunk: 6 + 6 + 5
     inputs = case(*shape)
     got = run(logprob.token_logprob, *inputs, temperature, use)
     assert all(x.dtype == torch.float32 for x in got)
@@ -121,12 +122,12 @@ def test_no_rows(version):
 
 def test_chunks_change_nothing(version, monkeypatch):
     inputs, results = case(17, 16, 90), []
-    for chunk_bytes in (1, 7 * 90 * 4, 10**6):  # 1 row, 7 rows, all rows
+    for chunk_bytes in (1, 7 * 90 * 4, 10**6):  # 1 row, 6 rows, all rows
         monkeypatch.setitem(logprob.CHUNK_BYTES, DEVICE, chunk_bytes)
         results.append(run(logprob.token_logprob, *inputs))
         assert all(x.equal(y) for x, y in zip(results[-1], run(logprob.token_logprob, *inputs)))  # same bits
     for result in results[1:]:
-        assert_near(result, [x.double() for x in results[0]], 1e-6)
+        assert_near(result, [x.double() for x in results[0]], 3e-6)
 
 
 def test_strided_inputs(version):
@@ -142,25 +143,20 @@ def test_strided_inputs(version):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_errs_hardly_more_than_plain_pytorch(version, monkeypatch, dtype):
-    # 16-bit logits, as on CUDA; the product for dweight is missing on a CPU, so there dweight is left out.
+    # 16-bit logits and products, as on CUDA, whatever this CPU has.
     # Temperature 0.5 scales by a power of two: both versions round the same logits, no luck is involved.
-    if DEVICE == "cpu":
-        monkeypatch.setattr(logprob, "_product_dtype", lambda hidden: hidden.dtype)
-    hidden, weight, ids = case(48, 32, 300, dtype, scale=0.5)
-    want = reference(hidden, weight, ids, 0.5)
-    plain = run(logprob.plain_token_logprob, hidden, weight, ids, 0.5)
-    hidden.grad = None
-    outputs = logprob.token_logprob(hidden, weight.requires_grad_(DEVICE == "cuda"), ids, 0.5)
-    g = torch.randn(2, 48, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    (outputs[0] * g[0] + outputs[1] * g[1]).sum().backward()
-    got = [*outputs, hidden.grad] + ([] if DEVICE == "cpu" else [weight.grad])
+    monkeypatch.setattr(logprob, "product_dtype", lambda hidden: hidden.dtype)
+    inputs = case(48, 32, 300, dtype, scale=0.5)
+    want, plain = reference(*inputs, 0.5), run(logprob.plain_token_logprob, *inputs, 0.5)
+    got = run(logprob.token_logprob, *inputs, 0.5)
     for x, y, exact in zip(got, plain, want):
         error, plain_error = ((v.double() - exact).square().mean().sqrt() for v in (x, y))
         slack = 1.3 if version == "triton" and DEVICE == "cpu" else 1.1  # the interpreter cuts bfloat16 off
         assert error <= slack * plain_error + 1e-6
 
 
-def test_16_bit_inputs_on_a_cpu_are_multiplied_in_float32():
+def test_16_bit_inputs_are_multiplied_in_float32_on_a_cpu_without_instructions_for_them(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     hidden, weight, ids = (x.cpu() for x in case(50, 32, 300, torch.bfloat16))
     got = run(logprob.token_logprob, hidden, weight, ids)
     assert [x.dtype for x in got] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
@@ -200,9 +196,10 @@ def test_no_product_for_a_frozen_input(frozen, products):
 
 
 def test_memory(monkeypatch):
-    """N x V is 32 MB here and a chunk 1 MB: the forward holds two chunks, the backward three."""
+    """N x V is 32 MB here and a chunk 1 MB; row functions and products take little more."""
     N, d, V = 2000, 16, 4000
     monkeypatch.setitem(logprob.CHUNK_BYTES, DEVICE, 10**6)
+    monkeypatch.setitem(logprob.SLAB_BYTES, DEVICE, 10**5)
     hidden, weight, ids = case(N, d, V)
 
     def forward():
@@ -214,8 +211,8 @@ def test_memory(monkeypatch):
         (logp.sum() + entropy.sum()).backward()
 
     gradients = 4 * d * (N + V)
-    assert 10**6 * 0.9 < logprob.peak_extra_bytes(forward, DEVICE) < 2.2e6
-    assert logprob.peak_extra_bytes(full, DEVICE) < gradients + 3.2e6
+    assert 10**6 * 0.9 < logprob.peak_extra_bytes(forward, DEVICE) < 1.3e6
+    assert logprob.peak_extra_bytes(full, DEVICE) < gradients + 1.5e6
     plain = lambda: logprob.plain_token_logprob(hidden, weight, ids)
     assert logprob.peak_extra_bytes(plain, DEVICE) > 4 * N * V  # the measure sees what there is to see
 
@@ -272,15 +269,20 @@ def test_kernels_compile_for_a_hopper_gpu():
         def build(kernel, signature, **constants):
             names = [name for name in kernel.arg_names if name not in constants]
             types = dict(zip(names, signature.split(), strict=True), **dict.fromkeys(constants, "constexpr"))
+            types = {name: types[name] for name in kernel.arg_names}
             source = ASTSource(fn=kernel, signature=types, constexprs=constants)
             program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
             assert program.asm["cubin"] and ".local" not in program.asm["ptx"]  # no spilled registers
 
         logprob = importlib.import_module("kernels.token_logprob")
         advantages = importlib.import_module("kernels.token_advantages")
+        head = importlib.import_module("kernels.policy_head")
         for z in ("*bf16", "*fp32"):
             build(logprob.row_stats_kernel, f"{z} *i64 *fp32 *fp32 *fp32 i32", BLOCK=4096)
             build(logprob.row_grads_kernel, f"{z} *i64 *fp32 *fp32 *fp32 *fp32 i32", BLOCK=4096)
+            pointers = "*fp32 *fp32 *fp32 *fp32 *i1 i32 fp32 fp32 fp32 fp32 fp32 fp32"
+            build(head.row_loss_kernel, f"{z} *i64 *fp32 *fp32 *fp32 {pointers}", BLOCK=4096)
+            build(head.row_loss_kernel, f"{z} *i64 *fp32 {pointers}", BLOCK=4096, old_ptr=None, ref_ptr=None)
         for norm in advantages.NORMS:
             build(advantages.token_advantages_kernel, "*fp32 *i64 *i64 *fp32 i32 i32 fp32",
                   GROUP=12, GROUP_BLOCK=16, STEP_BLOCK=16, TOKEN_BLOCK=1024, NORM=norm)
@@ -295,7 +297,7 @@ def test_a_real_head_on_a_gpu():
     hidden, weight, ids = case(N, d, V, torch.bfloat16, scale=0.5)
     full = lambda: run(logprob.token_logprob, hidden, weight, ids)
     extra = logprob.peak_extra_bytes(full, DEVICE)
-    assert extra < 0.65e9 + 2 * (N + V) * d + 4 * V * d  # a chunk, the gradients, and dweight's float32 sum
+    assert extra < 0.65e9 + 2 * (N + V) * d  # a chunk and the gradients
     got, plain = full(), run(logprob.plain_token_logprob, hidden, weight, ids)
     want = [torch.zeros_like(x, dtype=torch.float64) for x in got]
     for rows in torch.arange(N, device=DEVICE).split(512):  # float64 logits of 512 rows are 0.6 GB

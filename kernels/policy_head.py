@@ -1,0 +1,415 @@
+"""Hidden states to the policy-gradient loss and its gradients: three matrix products, never N x V numbers.
+
+    z = hidden @ weight.T / temperature        logp, entropy of each token: see token_logprob.py
+    r = exp(logp - old_logp)                   d = ref_logp - logp
+    loss_i = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))     clip-higher PPO,
+             for A < 0 at most -dual_clip A                         dual clip (arXiv 1912.09729)
+             + kl (exp(d) - d - 1)                                  k3 (http://joschu.net/blog/kl-approx.html)
+             - entropy_weight entropy
+    loss = sum_i loss_i / denominator
+
+The loss sees a row of logits through two numbers, logp and entropy. Its derivatives by them are known as soon
+as the row's log-sum-exp is, and then the row is still at hand: it is overwritten by its gradient dz at once.
+So each chunk of rows is multiplied three times (z, dz @ weight, dz.T @ hidden), all of it in the forward;
+the backward only scales. That is 6NdV operations; autograd over token_logprob needs 8NdV.
+
+In Triton one kernel does all between the products: one pass over a row of logits for log-sum-exp and entropy,
+the formulas above, and a second pass that overwrites the row, which by then lies in the L2 cache. In PyTorch
+the derivatives come from autograd through `token_loss`, on numbers per row: to try another loss on a CPU,
+change that function; on CUDA its twin `row_loss_kernel` too (or call torch_row_loss_ there).
+
+Left out: what token_logprob.py leaves out; a second backward through the same loss.
+
+    python kernels/policy_head.py [--rows N] [--csv FILE]      # checks against float64, then times
+"""
+
+import argparse
+import csv
+import datetime
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+if __name__ == "__main__":  # as a program: the package around this file must be found
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from kernels.token_logprob import (
+    add_product_, block, check, checked, chunks, new_dweight, new_vector, on_triton, peak_extra_bytes,
+    plain_token_logprob, product_dtype, token_logprob, torch_row_grads_, torch_row_stats, triton)
+
+
+class HeadLoss(NamedTuple):
+    """What policy_head returns. Only loss carries a gradient; the rest are metrics of the N tokens."""
+
+    loss: torch.Tensor  # () float32
+    logp: torch.Tensor  # (N,) float32, nats
+    entropy: torch.Tensor  # (N,) float32, nats
+    kl: torch.Tensor  # (N,) float32, the k3 estimate; 0 without ref_logp
+    clipped: torch.Tensor  # (N,) bool: the ratio is beyond a clip bound and the token has no gradient from it
+
+
+def policy_head(hidden, weight, ids, advantages, old_logp=None, ref_logp=None, *, temperature=1.0,
+                denominator=1, clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl=0.0, entropy_weight=0.0):
+    """The loss above of N tokens -> HeadLoss; its loss is differentiable in hidden and weight, once.
+
+    hidden (N,d), weight (V,d) and ids (N,) int64 as for token_logprob; advantages, old_logp, ref_logp (N,).
+    Without old_logp the tokens are on-policy: the ratio is 1, its gradient that of REINFORCE. denominator (a
+    number) divides the loss: outside it would cost a pass over dweight and, in 16 bits, a rounding. A frozen
+    input saves its product, no_grad saves two. An id out of range raises or gives NaN as in token_logprob.
+    """
+    assert kl == 0 or ref_logp is not None, f"kl={kl} needs ref_logp"
+    hidden, weight = checked(hidden, weight, ids, temperature)
+    vectors = [None if x is None else _row_vector(x, hidden) for x in (advantages, old_logp, ref_logp)]
+    terms = (clip_low, clip_high, dual_clip, kl, entropy_weight)
+    return HeadLoss(*PolicyHead.apply(hidden, weight, ids.contiguous(), *vectors, temperature, denominator,
+                                      terms))
+
+
+def _row_vector(x, hidden):
+    assert x.shape == hidden.shape[:1], (x.shape, hidden.shape)
+    return x.detach().to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
+
+
+def token_loss(logp, entropy, advantages, old_logp=None, ref_logp=None, clip_low=0.2, clip_high=0.28,
+               dual_clip=3.0, kl=0.0, entropy_weight=0.0):
+    """The formula for each token (N,) -> loss, k3, clipped. Gradients flow into logp and entropy."""
+    ratio = (logp - (logp.detach() if old_logp is None else old_logp)).clamp(-20, 20).exp()
+    plain = -advantages * ratio
+    loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    clipped = loss > plain
+    loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    k3 = torch.zeros_like(loss)
+    if ref_logp is not None:
+        d = (ref_logp - logp).clamp(-20, 20)
+        k3 = (d.exp() - d - 1).clamp(max=10)  # one odd token must not decide the update
+        loss = loss + kl * k3
+    if entropy_weight:
+        loss = loss - entropy_weight * entropy
+    return loss, k3, clipped
+
+
+class PolicyHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, advantages, old_logp, ref_logp, temperature, denominator, terms):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        N, dtype, head = len(hidden), product_dtype(hidden), weight.to(product_dtype(hidden))
+        row_loss_ = triton_row_loss_ if on_triton(hidden) else torch_row_loss_
+        # z = hidden @ weight.T / temperature: dz / temperature is written, so that neither product scales
+        scale = 1 / (temperature * denominator)
+        loss, logp, entropy, k3 = outputs = [new_vector(hidden) for _ in range(4)]
+        clipped = new_vector(hidden, torch.bool)
+        dhidden = torch.empty_like(hidden) if need_hidden else None
+        dweight = new_dweight(weight, hidden) if need_weight else None
+        for rows, buffer in chunks(N, head):
+            h = hidden[rows].to(dtype)
+            z = buffer.addmm_(h, head.T, beta=0, alpha=1 / temperature)
+            given = [None if x is None else x[rows] for x in (ids, advantages, old_logp, ref_logp)]
+            row_loss_(z, *given, *(x[rows] for x in outputs), clipped[rows], scale, terms)
+            if need_hidden:
+                dhidden[rows] = z @ head
+            if need_weight:
+                add_product_(dweight, z, h, first=rows.start == 0)
+        ctx.grads = dhidden, dweight.to(weight.dtype) if need_weight else None
+        ctx.mark_non_differentiable(logp, entropy, k3, clipped)
+        return loss.sum() / denominator, logp, entropy, k3, clipped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("policy_head keeps its gradients for one backward; call it again for another")
+        # Given away, not kept: weight.grad can then take this very memory. So they may be scaled in place.
+        grads, ctx.grads = ctx.grads, None
+        if grad_loss.is_cuda or grad_loss != 1:  # looking at its value would make a CUDA device wait
+            grads = [grad if grad is None else grad.mul_(grad_loss) for grad in grads]
+        return *grads, *[None] * 7
+
+
+# ---- all that lies between the products, plain PyTorch -----------------------------------------------------
+
+
+def torch_row_loss_(z, ids, advantages, old_logp, ref_logp, loss, logp, entropy, k3, clipped, scale, terms):
+    """Fills loss, logp, entropy, k3, clipped (R,) and overwrites the logits z (R,V) by scale * dloss/dz."""
+    lse = torch.empty_like(logp)
+    torch_row_stats(z, ids, logp, entropy, lse)
+    with torch.enable_grad():
+        inputs = [x.detach().clone().requires_grad_() for x in (logp, entropy)]
+        outputs = token_loss(*inputs, advantages, old_logp, ref_logp, *terms)
+        g, e = torch.autograd.grad(outputs[0].sum(), inputs, allow_unused=True)
+    for buffer, x in zip((loss, k3, clipped), outputs):
+        buffer.copy_(x.detach())
+    torch_row_grads_(z, ids, lse, entropy, g * scale, None if e is None else e * scale)
+
+
+# ---- the same in Triton: one program per row, one kernel ---------------------------------------------------
+
+if triton is not None:
+    import triton.language as tl
+
+    from kernels.token_logprob import read_row, write_row_grads
+
+    @triton.jit
+    def clamp(x, low, high):
+        """As torch.clamp: a NaN stays one."""
+        return tl.where(x < low, low, tl.where(x > high, high, x))
+
+    @triton.jit
+    def row_loss_kernel(z_ptr, ids_ptr, advantages_ptr, old_ptr, ref_ptr, loss_ptr, logp_ptr, entropy_ptr,
+                        k3_ptr, clipped_ptr, V, scale, clip_low, clip_high, dual_clip, kl, entropy_weight,
+                        BLOCK: tl.constexpr):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        z_ptr += row * V
+        token = tl.load(ids_ptr + row)
+        # Read before read_row, whose reductions make all warps wait: none overwrites it too early.
+        target = tl.load(z_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
+        peak, log_total, entropy = read_row(z_ptr, V, BLOCK)
+        logp = target - peak - log_total
+
+        # token_loss, and its derivative g by logp. A NaN passes all comparisons by and arrives in loss and g.
+        advantage = tl.load(advantages_ptr + row)
+        log_ratio = logp - logp  # 0, or NaN
+        if old_ptr is not None:
+            log_ratio = logp - tl.load(old_ptr + row)
+        ratio = tl.exp(clamp(log_ratio, -20.0, 20.0))
+        loss = -advantage * ratio
+        g = tl.where(tl.abs(log_ratio) > 20.0, 0.0, loss)
+        bounded = -advantage * clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
+        clipped = bounded > loss
+        loss = tl.where(clipped, bounded, loss)
+        dual = (advantage < 0) & (loss > -dual_clip * advantage)
+        loss = tl.where(dual, -dual_clip * advantage, loss)
+        g = tl.where(clipped | dual, 0.0, g)
+        k3 = 0.0
+        if ref_ptr is not None:
+            d = clamp(tl.load(ref_ptr + row) - logp, -20.0, 20.0)
+            k3 = tl.exp(d) - d - 1.0
+            g += tl.where(k3 > 10.0, 0.0, kl * (1.0 - tl.exp(d)))
+            k3 = tl.where(k3 > 10.0, 10.0, k3)
+            loss += kl * k3
+        loss -= entropy_weight * entropy
+
+        tl.store(loss_ptr + row, loss)
+        tl.store(logp_ptr + row, logp)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(k3_ptr + row, k3)
+        tl.store(clipped_ptr + row, clipped)
+        write_row_grads(z_ptr, token, peak + log_total, entropy, g * scale, -entropy_weight * scale, V, BLOCK)
+
+
+def triton_row_loss_(z, ids, advantages, old_logp, ref_logp, loss, logp, entropy, k3, clipped, scale, terms):
+    """torch_row_loss_ by Triton: z (R,V) contiguous, dz in z's dtype, all else float32."""
+    R, V = z.shape
+    with torch.cuda.device_of(z):
+        row_loss_kernel[(R,)](z, ids, advantages, old_logp, ref_logp, loss, logp, entropy, k3, clipped, V,
+                              float(scale), *map(float, terms), BLOCK=block(V), num_warps=8)  # fmt: skip
+
+
+# ---- check and benchmark -----------------------------------------------------------------------------------
+
+
+def plain_policy_head(hidden, weight, ids, advantages, old_logp=None, ref_logp=None, *, temperature=1.0,
+                      denominator=1, **terms):
+    """What policy_head computes, with all N x V numbers in memory: the reference of tests and benchmark."""
+    logp, entropy = plain_token_logprob(hidden, weight, ids, temperature)
+    if not terms.get("entropy_weight"):
+        entropy = entropy.detach()
+    loss, k3, clipped = token_loss(logp, entropy, advantages, old_logp, ref_logp, **terms)
+    return HeadLoss(loss.sum() / denominator, logp.detach(), entropy.detach(), k3.detach(), clipped)
+
+
+def random_case(N, d, V, seed=0, dtype=torch.float32):
+    """hidden, weight, ids, advantages, old_logp, ref_logp: ratios within and beyond each bound, tokens beyond
+    k3's. None lies on a bound, where the loss has no derivative."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((N, d), (V, d)))
+    ids = torch.randint(V, (N,), generator=generator)
+    logp, _ = plain_token_logprob(hidden.double(), weight.double(), ids)
+    pick = lambda *values: torch.tensor(values)[torch.randint(len(values), (N,), generator=generator)]
+    advantages, ratio = pick(-2.0, -0.5, 0.0, 1.0, 1.5), pick(0.3, 0.9, 1.0, 1.2, 2.0, 5.0)
+    old_logp = (logp - ratio.log()).float()
+    return hidden, weight, ids, advantages, old_logp, (logp + pick(-1.5, -0.2, 0.0, 0.7, 4.0)).float()
+
+
+def check_head(device):
+    """Loss, metrics and float32 gradients on ragged shapes, against float64: within 1e-4 of the largest."""
+    for N, d, V in ((1, 8, 5), (300, 48, 1003), (70, 64, 20011)):
+        results = []
+        for function, dtype in ((plain_policy_head, torch.float64), (policy_head, torch.float32)):
+            h, w, ids, *rest = (x.to(device) for x in random_case(N, d, V))
+            h, w = (x.to(dtype).requires_grad_() for x in (h, w))
+            out = function(h, w, ids, *(x.to(dtype) for x in rest), denominator=N, kl=0.1, entropy_weight=0.1)
+            out.loss.backward()
+            results.append([x.detach().double() for x in (*out, h.grad, w.grad)])
+        for want, got in zip(*results):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()) + 1e-6)
+
+
+def peers(N):
+    """Name -> function(hidden, weight, ids) -> logp, entropy or None: other ways whose packages are here."""
+    ways = {"plain PyTorch": plain_way}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+
+        def native_way(h, w, i):
+            nll = torch.nn.functional.linear_cross_entropy(h, w, i, reduction="none", options=options)
+            return -nll.float(), None
+
+        ways["F.linear_cross_entropy, no entropy"] = native_way
+    try:
+        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+        def trl_way(h, w, i):
+            z = h @ w.T
+            with torch.no_grad():
+                entropy = entropy_from_logits(z)
+            return selective_log_softmax(z, i).float(), entropy
+
+        ways["TRL's functions"] = trl_way
+    except ImportError:
+        pass
+    try:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as liger
+
+        def liger_way(h, w, i):
+            nll, entropy = liger.apply(h, w, i, 1.0, -100, 1, True)
+            return -nll, entropy.detach()
+
+        ways["Liger, scaled cross entropy"] = liger_way
+    except ImportError:
+        pass
+    return ways
+
+
+def plain_way(hidden, weight, ids):
+    """plain_token_logprob at temperature 1 without a differentiable entropy, as most trainers have it."""
+    logp = (hidden @ weight.T).float().log_softmax(1)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(1)
+    return logp.gather(1, ids[:, None])[:, 0], entropy
+
+
+def liger_grpo(B):
+    """Liger's own head with its loss (B traces of equal length), or None. It has no entropy."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    except ImportError:
+        return None
+    grpo = LigerFusedLinearGRPOLoss(beta=KL, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo")
+
+    def full(h, w, i, advantages, old, ref):
+        i, old, ref = (x.view(B, -1) for x in (i, old, ref))
+        return grpo(h.view(B, i.shape[1], -1), w, i, torch.ones_like(i), advantages.view(B, -1)[:, 0],
+                    ref_per_token_logps=ref, old_per_token_logps=old)[0]
+
+    return full
+
+
+KL = 1e-3  # so that the timed loss has all its terms but the entropy
+
+
+def benchmark(device, N, csv_file):
+    cuda = device == "cuda"
+    d, V, dtype = (1536, 151936, torch.bfloat16) if cuda else (576, 49152, torch.float32)
+    hidden = torch.randn(N, d, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, d, device=device, dtype=dtype).mul_(d**-0.5).requires_grad_()
+    ids = torch.randint(V, (N,), device=device)
+    with torch.no_grad():
+        logp, _ = token_logprob(hidden, weight, ids)
+    batch = torch.randn(N, device=device), logp + 0.1 * torch.randn_like(logp), logp - 0.1
+
+    def with_loss(way):
+        def full(h, w, i, *batch):
+            logp, entropy = way(h, w, i)
+            return token_loss(logp, entropy, *batch, kl=KL)[0].sum() / N
+
+        return full
+
+    forward = {"policy_head": token_logprob, **peers(N)}
+    full = {"policy_head": lambda *tensors: policy_head(*tensors, denominator=N, kl=KL).loss,
+            "token_logprob and autograd": with_loss(token_logprob),
+            **{name: with_loss(way) for name, way in peers(N).items()}}
+    if N % 8 == 0 and (grpo := liger_grpo(8)):
+        full["Liger, fused linear GRPO"] = grpo
+
+    def run_forward(way):
+        with torch.no_grad():
+            way(hidden, weight, ids)
+
+    def run_full(way):
+        way(hidden, weight, ids, *batch).backward()
+        hidden.grad = weight.grad = None
+
+    # On a CPU the time of its threads, not of the clock on the wall: other programs then count for little.
+    clock = time.perf_counter if cuda else time.process_time
+
+    def seconds(run):
+        start = clock()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        return clock() - start
+
+    rounds, rows = (10, 2048) if cuda else (3, 128)
+    z = torch.empty(rows, V, device=device, dtype=dtype)
+    product = lambda: torch.mm(hidden.detach()[:rows], weight.detach().T, out=z)
+    floor = min(seconds(product) for _ in range(rounds)) * N / rows
+    name = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if "H200" in name:
+        floor = 2 * N * d * V / 790e12  # the card's dense bfloat16 rate; elsewhere the product is measured
+    del z
+    gradients = hidden.nbytes + weight.nbytes
+    versions = f"torch {torch.__version__}, triton {triton and triton.__version__}"
+    print(f"{name}, {versions}, {dtype}, {N=} {d=} {V=}")
+    rate = 2e-12 * N * d * V / floor
+    print(f"Floor: {1e3 * floor:.2f} ms a product ({rate:.3g} TFLOP/s), three with gradients.")
+    print(f"Extra MB: the most held beyond the inputs and the {gradients / 1e6:.0f} MB of gradients.")
+    lines = []
+    for label, run, ways, products in (("log-prob, entropy", run_forward, forward, 1),
+                                       ("loss, gradients", run_full, full, 3)):
+        print(f"\n{label:36}{'ms':>10}  floor/time  extra MB")
+        extra, times = {}, {}
+        for way in list(ways):
+            try:
+                run(ways[way])  # warms up: compiles, and cuBLAS takes its workspace, once for the whole model
+                extra[way] = peak_extra_bytes(lambda: run(ways[way]), device) - gradients * (products == 3)
+                times[way] = math.inf
+            except Exception as error:  # a peer that does not run here must not end the comparison
+                print(f"{way:36}failed: {str(error).splitlines()[0][:60]}")
+        for _ in range(rounds):  # in turns, so that a change of the clock rate meets all alike
+            for way in times:
+                times[way] = min(times[way], seconds(lambda: run(ways[way])))
+        for way, took in times.items():
+            print(f"{way:36}{1e3 * took:10.2f}{products * floor / took:12.2f}{extra[way] / 1e6:10.0f}")
+            lines.append([datetime.date.today(), name, versions, str(dtype), N, d, V, label, way,
+                          f"{1e3 * took:.2f}", f"{products * floor / took:.3f}", f"{extra[way] / 1e6:.1f}"])
+    if csv_file:
+        header = "date machine versions dtype N d V pass way ms floor_share extra_mb".split()
+        with open(csv_file, "w", newline="") as file:
+            csv.writer(file).writerows([header, *lines])
+
+
+def cpu_name():
+    try:
+        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check the head against float64, time it and its peers.")
+    parser.add_argument("--rows", type=int, help="tokens; default 8192 on CUDA, 1024 on a CPU")
+    parser.add_argument("--csv", help="write the table to this file too")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(device)
+    check_head(device)
+    benchmark(device, args.rows or (8192 if device == "cuda" else 1024), args.csv)
+
+
+if __name__ == "__main__":
+    main()
