@@ -14,13 +14,13 @@ So each chunk of rows is multiplied three times (z, dz @ weight, dz.T @ hidden),
 the backward only scales. That is 6NdV operations; autograd over token_logprob needs 8NdV.
 
 In Triton one kernel does all between the products: one pass over a row of logits for log-sum-exp and entropy,
-the formulas above, and a second pass that overwrites the row, which by then lies in the L2 cache. In PyTorch
-the derivatives come from autograd through `token_loss`, on numbers per row: to try another loss on a CPU,
-change that function; on CUDA its twin `row_loss_kernel` too (or call torch_row_loss_ there).
+the formulas above, and a second pass backwards that overwrites the row, in part out of the cache. In PyTorch
+the derivatives come from autograd through `token_loss`, on one number per row: to try another loss, change
+that function, and on CUDA its twin in row_loss_kernel (or have torch_row_loss_ called there too).
 
 Left out: what token_logprob.py leaves out; a second backward through the same loss.
 
-    python kernels/policy_head.py [--rows N] [--csv FILE]      # checks against float64, then times
+    python kernels/policy_head.py [--rows N] [--csv FILE] [--chunk-mb MB]    # checks, then times
 """
 
 import argparse
@@ -39,8 +39,9 @@ from torch.autograd.function import once_differentiable
 if __name__ == "__main__":  # as a program: the package around this file must be found
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels.token_logprob import (
-    add_product_, block, check, checked, chunks, new_dweight, new_vector, on_triton, peak_extra_bytes,
-    plain_token_logprob, product_dtype, token_logprob, torch_row_grads_, torch_row_stats, triton)
+    CHUNK_BYTES, add_product_, block, check, checked, chunks, new_dweight, new_vector, on_triton,
+    peak_extra_bytes, plain_token_logprob, product_dtype, token_logprob, torch_row_grads_, torch_row_stats,
+    triton)  # fmt: skip
 
 
 class HeadLoss(NamedTuple):
@@ -66,8 +67,9 @@ def policy_head(hidden, weight, ids, advantages, old_logp=None, ref_logp=None, *
     hidden, weight = checked(hidden, weight, ids, temperature)
     vectors = [None if x is None else _row_vector(x, hidden) for x in (advantages, old_logp, ref_logp)]
     terms = (clip_low, clip_high, dual_clip, kl, entropy_weight)
-    return HeadLoss(*PolicyHead.apply(hidden, weight, ids.contiguous(), *vectors, temperature, denominator,
-                                      terms))
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes of the products are chosen here
+        return HeadLoss(*PolicyHead.apply(hidden, weight, ids.contiguous(), *vectors, temperature,
+                                          denominator, terms))
 
 
 def _row_vector(x, hidden):
@@ -354,29 +356,31 @@ def benchmark(device, N, csv_file):
             torch.cuda.synchronize()
         return clock() - start
 
+    # The floor: the three products alone. On an H200 at its dense bfloat16 rate, elsewhere measured.
     rounds, rows = (10, 2048) if cuda else (3, 128)
-    z = torch.empty(rows, V, device=device, dtype=dtype)
-    product = lambda: torch.mm(hidden.detach()[:rows], weight.detach().T, out=z)
-    floor = min(seconds(product) for _ in range(rounds)) * N / rows
     name = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    h, w = hidden.detach()[:rows], weight.detach()
+    z, dweight = h @ w.T, torch.zeros_like(w)
+    products = [lambda: torch.mm(h, w.T, out=z), lambda: torch.mm(z, w), lambda: dweight.addmm_(z.T, h)]
+    floors = [min(seconds(product) for _ in range(2 * rounds)) * N / rows for product in products]
     if "H200" in name:
-        floor = 2 * N * d * V / 790e12  # the card's dense bfloat16 rate; elsewhere the product is measured
-    del z
+        floors = [2 * N * d * V / 790e12] * 3
+    del z, dweight
     gradients = hidden.nbytes + weight.nbytes
     versions = f"torch {torch.__version__}, triton {triton and triton.__version__}"
     print(f"{name}, {versions}, {dtype}, {N=} {d=} {V=}")
-    rate = 2e-12 * N * d * V / floor
-    print(f"Floor: {1e3 * floor:.2f} ms a product ({rate:.3g} TFLOP/s), three with gradients.")
+    print("Floor: the products alone, " + " + ".join(f"{1e3 * f:.2f}" for f in floors) + " ms, at "
+          + ", ".join(f"{2e-12 * N * d * V / f:.3g}" for f in floors) + " TFLOP/s.")
     print(f"Extra MB: the most held beyond the inputs and the {gradients / 1e6:.0f} MB of gradients.")
     lines = []
-    for label, run, ways, products in (("log-prob, entropy", run_forward, forward, 1),
-                                       ("loss, gradients", run_full, full, 3)):
+    for label, run, ways, floor, returned in (("log-prob, entropy", run_forward, forward, floors[0], 0),
+                                              ("loss, gradients", run_full, full, sum(floors), gradients)):
         print(f"\n{label:36}{'ms':>10}  floor/time  extra MB")
         extra, times = {}, {}
         for way in list(ways):
             try:
                 run(ways[way])  # warms up: compiles, and cuBLAS takes its workspace, once for the whole model
-                extra[way] = peak_extra_bytes(lambda: run(ways[way]), device) - gradients * (products == 3)
+                extra[way] = peak_extra_bytes(lambda: run(ways[way]), device) - returned
                 times[way] = math.inf
             except Exception as error:  # a peer that does not run here must not end the comparison
                 print(f"{way:36}failed: {str(error).splitlines()[0][:60]}")
@@ -384,9 +388,9 @@ def benchmark(device, N, csv_file):
             for way in times:
                 times[way] = min(times[way], seconds(lambda: run(ways[way])))
         for way, took in times.items():
-            print(f"{way:36}{1e3 * took:10.2f}{products * floor / took:12.2f}{extra[way] / 1e6:10.0f}")
+            print(f"{way:36}{1e3 * took:10.2f}{floor / took:12.2f}{extra[way] / 1e6:10.0f}")
             lines.append([datetime.date.today(), name, versions, str(dtype), N, d, V, label, way,
-                          f"{1e3 * took:.2f}", f"{products * floor / took:.3f}", f"{extra[way] / 1e6:.1f}"])
+                          f"{1e3 * took:.2f}", f"{floor / took:.3f}", f"{extra[way] / 1e6:.1f}"])
     if csv_file:
         header = "date machine versions dtype N d V pass way ms floor_share extra_mb".split()
         with open(csv_file, "w", newline="") as file:
@@ -404,8 +408,11 @@ def main():
     parser = argparse.ArgumentParser(description="Check the head against float64, time it and its peers.")
     parser.add_argument("--rows", type=int, help="tokens; default 8192 on CUDA, 1024 on a CPU")
     parser.add_argument("--csv", help="write the table to this file too")
+    parser.add_argument("--chunk-mb", type=float, help="bound of a chunk of logits (CHUNK_BYTES)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.chunk_mb:
+        CHUNK_BYTES[device] = int(args.chunk_mb * 1e6)
     check(device)
     check_head(device)
     benchmark(device, args.rows or (8192 if device == "cuda" else 1024), args.csv)

@@ -203,34 +203,37 @@ if triton is not None:
 
     @triton.jit
     def read_row(z_ptr, V, BLOCK: tl.constexpr):
-        """peak = max z, log sum exp (z - peak), entropy of the row's softmax."""
+        """One pass over a row of logits: peak = max z, log sum exp (z - peak), entropy of its softmax."""
         # Online over blocks, with x = z - peak for the running peak: total = sum exp x, moment = sum x exp x,
         # one sum per lane until the end. Lowest values are finite, since -inf * 0 would be NaN.
         peak = -3.0e38
         total = tl.zeros([BLOCK], tl.float32)
         moment = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
+        for start in tl.range(0, V, BLOCK, num_stages=3):  # loads run two blocks ahead
             cols = start + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
             new_peak = tl.maximum(peak, tl.max(z, 0))
-            shift = peak - new_peak
-            shrink = tl.exp(shift)
-            x = tl.where(cols < V, z - new_peak, -3.0e38)
+            if new_peak > peak:  # seldom after the first blocks
+                shift = peak - new_peak
+                moment = tl.exp(shift) * (moment + shift * total)
+                total = tl.exp(shift) * total
+                peak = new_peak
+            x = tl.where(cols < V, z - peak, -3.0e38)
             p = tl.exp(x)
-            moment = shrink * (moment + shift * total) + p * x
-            total = shrink * total + p
-            peak = new_peak
+            total += p
+            moment += p * x
         all_total = tl.sum(total, 0)
         log_total = tl.log(all_total)
         return peak, log_total, log_total - tl.sum(moment, 0) / all_total
 
     @triton.jit
     def write_row_grads(z_ptr, token, lse, entropy, g, e, V, BLOCK: tl.constexpr):
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
+        base = g + e * entropy
+        for back in tl.range(0, V, BLOCK, num_stages=3):  # from the end, which a cache may still hold
+            cols = (tl.cdiv(V, BLOCK) - 1) * BLOCK - back + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
             logp = z - lse
-            dz = tl.where(cols == token, g, 0.0) - tl.exp(logp) * (g + e * (logp + entropy))
+            dz = tl.where(cols == token, g, 0.0) - tl.exp(logp) * (base + e * logp)
             tl.store(z_ptr + cols, dz, mask=cols < V)
 
     @triton.jit

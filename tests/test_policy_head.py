@@ -207,7 +207,10 @@ def test_dweight_summed_in_16_bits(version, monkeypatch):
     assert rms_errors(run(kernels.policy_head, case, "kl"), want)["dweight"] <= 1.6 * plain["dweight"]
 
 
-def test_autocast_with_float32_master_weights():
+@pytest.mark.parametrize("instructions", [True, False])
+def test_autocast_with_float32_master_weights(monkeypatch, instructions):
+    """With a CPU's bfloat16 instructions; and without, when autocast must leave the products in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     case = head.random_case(30, 16, 50)
     half = (case[0].bfloat16(), *case[1:])
     want = run(kernels.policy_head, half, "all")
@@ -289,6 +292,7 @@ def test_memory(monkeypatch):
     assert head.peak_extra_bytes(plain, DEVICE) > 2 * 4 * N * V
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_a_nan_is_not_hidden(version):
     """A broken row must reach the gradient, where the trainer counts and skips it."""
     hidden, *rest = head.random_case(6, 4, 70)
