@@ -65,6 +65,8 @@ def policy_head(hidden, weight, ids, advantages, old_logp=None, ref_logp=None, *
     """
     assert kl == 0 or ref_logp is not None, f"kl={kl} needs ref_logp"
     hidden, weight = checked(hidden, weight, ids, temperature)
+    if not torch.is_grad_enabled():  # PolicyHead.forward could not see it
+        hidden, weight = hidden.detach(), weight.detach()
     vectors = [None if x is None else _row_vector(x, hidden) for x in (advantages, old_logp, ref_logp)]
     terms = (clip_low, clip_high, dual_clip, kl, entropy_weight)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes of the products are chosen here
@@ -99,7 +101,8 @@ class PolicyHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, advantages, old_logp, ref_logp, temperature, denominator, terms):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        N, dtype, head = len(hidden), product_dtype(hidden), weight.to(product_dtype(hidden))
+        dtype = product_dtype(hidden)
+        head = weight.to(dtype)
         row_loss_ = triton_row_loss_ if on_triton(hidden) else torch_row_loss_
         # z = hidden @ weight.T / temperature: dz / temperature is written, so that neither product scales
         scale = 1 / (temperature * denominator)
@@ -107,7 +110,7 @@ class PolicyHead(torch.autograd.Function):
         clipped = new_vector(hidden, torch.bool)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = new_dweight(weight, hidden) if need_weight else None
-        for rows, buffer in chunks(N, head):
+        for rows, buffer in chunks(len(hidden), head):
             h = hidden[rows].to(dtype)
             z = buffer.addmm_(h, head.T, beta=0, alpha=1 / temperature)
             given = [None if x is None else x[rows] for x in (ids, advantages, old_logp, ref_logp)]
@@ -251,7 +254,7 @@ def check_head(device):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()) + 1e-6)
 
 
-def peers(N):
+def peers():
     """Name -> function(hidden, weight, ids) -> logp, entropy or None: other ways whose packages are here."""
     ways = {"plain PyTorch": plain_way}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
@@ -331,10 +334,10 @@ def benchmark(device, N, csv_file):
 
         return full
 
-    forward = {"policy_head": token_logprob, **peers(N)}
+    forward = {"policy_head": token_logprob, **peers()}
     full = {"policy_head": lambda *tensors: policy_head(*tensors, denominator=N, kl=KL).loss,
             "token_logprob and autograd": with_loss(token_logprob),
-            **{name: with_loss(way) for name, way in peers(N).items()}}
+            **{name: with_loss(way) for name, way in peers().items()}}
     if N % 8 == 0 and (grpo := liger_grpo(8)):
         full["Liger, fused linear GRPO"] = grpo
 
@@ -358,7 +361,7 @@ def benchmark(device, N, csv_file):
 
     # The floor: the three products alone. On an H200 at its dense bfloat16 rate, elsewhere measured.
     rounds, rows = (10, 2048) if cuda else (3, 128)
-    name = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
     h, w = hidden.detach()[:rows], weight.detach()
     z, dweight = h @ w.T, torch.zeros_like(w)
     products = [lambda: torch.mm(h, w.T, out=z), lambda: torch.mm(z, w), lambda: dweight.addmm_(z.T, h)]
@@ -375,7 +378,7 @@ def benchmark(device, N, csv_file):
     lines = []
     for label, run, ways, floor, returned in (("log-prob, entropy", run_forward, forward, floors[0], 0),
                                               ("loss, gradients", run_full, full, sum(floors), gradients)):
-        print(f"\n{label:36}{'ms':>10}  floor/time  extra MB")
+        print(f"\n{label:36}{'ms' if cuda else 'CPU ms':>10}  floor/time  extra MB")
         extra, times = {}, {}
         for way in list(ways):
             try:
@@ -390,9 +393,10 @@ def benchmark(device, N, csv_file):
         for way, took in times.items():
             print(f"{way:36}{1e3 * took:10.2f}{floor / took:12.2f}{extra[way] / 1e6:10.0f}")
             lines.append([datetime.date.today(), name, versions, str(dtype), N, d, V, label, way,
-                          f"{1e3 * took:.2f}", f"{floor / took:.3f}", f"{extra[way] / 1e6:.1f}"])
+                          "wall" if cuda else "CPU time", f"{1e3 * took:.2f}", f"{floor / took:.3f}",
+                          f"{extra[way] / 1e6:.1f}"])
     if csv_file:
-        header = "date machine versions dtype N d V pass way ms floor_share extra_mb".split()
+        header = "date machine versions dtype N d V pass way clock ms floor_share extra_mb".split()
         with open(csv_file, "w", newline="") as file:
             csv.writer(file).writerows([header, *lines])
 
