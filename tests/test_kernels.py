@@ -1,4 +1,5 @@
 """Both versions of the kernels, PyTorch and Triton, against float64: values, gradients, edges, memory. 30 s.
+policy_head has a file of its own, test_policy_head.py.
 
 Without a CUDA device the Triton versions run in Triton's interpreter (see conftest.py), on small inputs; with
 one they are compiled, and the tests marked gpu add real sizes. Every torch.empty is filled with NaN, so that
@@ -308,9 +309,9 @@ def test_a_real_head_on_a_gpu():
         for total, part in zip(want[:3], (*outputs, h.grad)):
             total[rows] = part.detach()
         want[3] += w.grad
-    for x, y, exact in zip(got, plain, want):
+    for x, y, exact, slack in zip(got, plain, want, (1.1, 1.1, 1.1, 1.4)):  # dweight: a rounding per chunk
         error, plain_error = ((v.double() - exact).square().mean().sqrt() for v in (x, y))
-        assert error <= 1.1 * plain_error + 1e-6
+        assert error <= slack * plain_error + 1e-6
 
 
 @pytest.mark.gpu

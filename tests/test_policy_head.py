@@ -204,7 +204,7 @@ def test_dweight_summed_in_16_bits(version, monkeypatch):
     case = head.random_case(96, 32, 300, dtype=torch.bfloat16)
     want = reference(case, "kl")
     plain = rms_errors(run(head.plain_policy_head, case, "kl"), want)
-    assert rms_errors(run(kernels.policy_head, case, "kl"), want)["dweight"] <= 1.6 * plain["dweight"]
+    assert rms_errors(run(kernels.policy_head, case, "kl"), want)["dweight"] <= 1.4 * plain["dweight"]
 
 
 @pytest.mark.parametrize("instructions", [True, False])
@@ -345,7 +345,7 @@ def test_a_real_head_on_a_gpu():
     exact["dweight"] = sum(part["dweight"] for part in want)
     got, plain = rms_errors(got, exact), rms_errors(plain, exact)
     for name in plain:
-        assert got[name] <= (1.6 if name == "dweight" else 1.1) * plain[name] + 1e-6, (name, got, plain)
+        assert got[name] <= (1.4 if name == "dweight" else 1.1) * plain[name] + 1e-6, (name, got, plain)
     masters = run(kernels.policy_head, (case[0], weight.float(), *case[2:]), "kl")
     assert masters["dweight"].dtype == torch.float32
     assert rms_errors(masters, exact)["dweight"] <= 1.1 * plain["dweight"]
