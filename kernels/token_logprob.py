@@ -141,9 +141,9 @@ def chunks(N, head):
 def new_dweight(weight, hidden):
     """Where dweight is summed over the chunks: in float32 for float32 weights, and on a CPU.
 
-    On CUDA a 16-bit weight's gradient is summed in 16 bits, with a rounding per chunk: a float32 sum would take
-    twice its size, more than all else here. Relative error of a bfloat16 dweight (1024 rows, d=64, V=1000):
-    plain PyTorch 0.54%, 4 chunks 0.58%, 8 chunks 0.61%, 32 chunks 0.73%."""
+    On CUDA a 16-bit weight's gradient is summed in 16 bits, with a rounding per chunk: a float32 sum would
+    take twice its size, more than all else here. Relative error of a bfloat16 dweight (1024 rows, d=64,
+    V=1000): plain PyTorch 0.54%, 4 chunks 0.58%, 8 chunks 0.61%, 32 chunks 0.73%."""
     dtype = weight.dtype if weight.is_cuda else torch.promote_types(weight.dtype, torch.float32)
     new = torch.empty if len(hidden) else torch.zeros
     return new(weight.shape, device=weight.device, dtype=dtype)
