@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 from data import Problem, is_correct
 from judge import READOUTS, Judge, Verdict, with_reference
-from kernels import reverse_kl, token_advantages, token_logprob
+from kernels import policy_head, reverse_kl, token_advantages, token_logprob
+from kernels.policy_head import HeadLoss
 from sample import LM, Rollout, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit
 from sample import resolve_model, too_long, write_atomically
 
@@ -113,7 +114,7 @@ PRESETS = {
     "miniature": {
         "": dict(model=str(MINIATURE / "policy"), judge=str(MINIATURE / "judge"),
                  data=(str(MINIATURE / "train.jsonl"),), eval_data=(str(MINIATURE / "eval.jsonl"),),
-                 steps=12, max_new_tokens=160, temperature=1.0, lr=5e-4, kl=0.0, microbatch_tokens=8192,
+                 steps=20, max_new_tokens=160, temperature=1.0, lr=3e-4, kl=0.0, microbatch_tokens=8192,
                  eval_every=0, eval_limit=128, eval_n=16, eval_k=(1, 16), save_every=0, show_every=4),
     },
     # The paper's Stage I, Qwen3-4B-Instruct-2507 as policy and judge, 8 GPUs (arXiv 2606.17024 and its code).
@@ -456,36 +457,21 @@ def mean_by_position(grades: list[tuple[float, ...]]) -> list[float | None]:
 # Loss and update
 
 
-def hidden_states(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The state (M,d) from which each token at `mask` (N,T) was predicted, flat in row order.
+def predictors(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor):
+    """The tokens at `mask` (N,T) and the states they were predicted from -> hidden (M,d), tokens (M,), flat
+    in row order.
 
     The one place that shifts by one. Rows are padded on the right and attention is causal, so no sampled
     token can see padding."""
-    return lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:]]
+    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
 
 
 def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
     """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order."""
     with amp or nullcontext():
-        return token_logprob(hidden_states(lm, ids, mask), lm.get_output_embeddings().weight,
-                             ids[:, 1:][mask[:, 1:]], temperature)
-
-
-def policy_loss(logp, old_logp, advantages, ref_logp, settings: Settings):
-    """Per-token loss (M,): clip-higher and dual-clip PPO, plus k3 KL to the frozen start.
-
-    ratio = exp(logp - old_logp); PPO: max(-A ratio, -A clip(ratio)), for A < 0 at most -dual_clip * A
-    (arXiv 1912.09729); k3 = exp(d) - d - 1 with d = ref - logp (http://joschu.net/blog/kl-approx.html)."""
-    ratio = (logp - old_logp).clamp(-20, 20).exp()
-    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    clip_hit = (loss > -advantages * ratio)
-    loss = torch.where(advantages < 0, torch.minimum(loss, -settings.dual_clip * advantages), loss)
-    if ref_logp is None:
-        return loss, torch.zeros_like(loss), clip_hit
-    d = (ref_logp - logp).clamp(-20, 20)
-    k3 = (d.exp() - d - 1).clamp(-10, 10)
-    return loss + settings.kl * k3, k3, clip_hit
+        hidden, tokens = predictors(lm, ids, mask)
+        return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)
 
 
 def microbatches(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
@@ -531,25 +517,29 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
         always = settings.kl > 0 or settings.entropy_bonus > 0
         moving = [row for row in share if always or batch.advantages[row].any()]
         for ids, mask, take, rows in cut(batch, moving, settings):
-            advantages = take(batch.advantages)
-            if batch.teacher:
-                loss, logp, entropy = distillation_loss(state, settings, batch, ids, mask, rows)
-                kl = clip_hit = torch.zeros_like(loss)
-                loss, before = loss * advantages, logp
-            else:
-                logp, entropy = logprobs(state.policy.model, ids, mask, temperature, state.amp())
-                ref_logp = None
-                if settings.kl > 0:
-                    with torch.no_grad():
-                        ref_logp, _ = logprobs(state.reference, ids, mask, temperature)
-                before = logp.detach() if old_logp is None else take(old_logp)
-                loss, kl, clip_hit = policy_loss(logp, before, advantages, ref_logp, settings)
-            ((loss - settings.entropy_bonus * entropy).sum() / denominator).backward()
-            gap = ((logp.detach() if old_logp is None else before) - take(batch.sampled_logp)).exp() - 1
-            sums = dict(tokens=torch.tensor(len(loss)), entropy=entropy.sum(), kl=kl.sum(),
-                        ratio_gap=gap.abs().sum(), clip_share=clip_hit.sum(), nll=-logp.sum())
+            before = None if old_logp is None else take(old_logp)
+            ref_logp = None
+            if settings.kl > 0:
+                with torch.no_grad():
+                    ref_logp, _ = logprobs(state.reference, ids, mask, temperature)
+            with state.amp():
+                hidden, tokens = predictors(state.policy.model, ids, mask)
+                weight = state.policy.model.get_output_embeddings().weight
+                if batch.teacher:
+                    head = distillation_head(state, settings, batch, rows, hidden, weight, tokens,
+                                             denominator)
+                else:
+                    head = policy_head(hidden, weight, tokens, take(batch.advantages), before, ref_logp,
+                                       temperature=temperature, denominator=denominator,
+                                       clip_low=settings.clip_low, clip_high=settings.clip_high,
+                                       dual_clip=settings.dual_clip, kl=settings.kl,
+                                       entropy_weight=settings.entropy_bonus)
+            head.loss.backward()
+            gap = ((head.logp if before is None else before) - take(batch.sampled_logp)).exp() - 1
+            sums = dict(tokens=mask.sum(), entropy=head.entropy.sum(), kl=head.kl.sum(),
+                        ratio_gap=gap.abs().sum(), clip_share=head.clipped.sum(), nll=-head.logp.sum())
             for name, value in sums.items():
-                totals[name] += float(value.detach())
+                totals[name] += float(value)
         norms.append(optimizer_step(state, settings, lr))
     tokens = totals.pop("tokens")  # of the rows that had a gradient; without any there is nothing to report
     finite = [norm for norm in norms if math.isfinite(norm)]
@@ -561,21 +551,17 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     return metrics
 
 
-def distillation_loss(state: "State", settings: Settings, batch: Batch, ids, mask, rows):
-    """Reverse KL over the vocabulary, policy to teacher, per token (M,); log-prob and entropy for the log."""
-    teacher = batch.teacher
+def distillation_head(state, settings, batch: Batch, rows, hidden, weight, tokens, denominator) -> HeadLoss:
+    """policy_head's place under --distill-kl full: reverse KL to the teacher over the vocabulary."""
+    teacher, temperature = batch.teacher, settings.temperature
     with torch.no_grad():
         width = max(teacher.lengths[row] for row in rows)
-        hinted = hidden_states(state.reference, teacher.ids[rows, :width], teacher.mask[rows, :width])
-    with state.amp():
-        hidden = hidden_states(state.policy.model, ids, mask)
-        weight = state.policy.model.get_output_embeddings().weight
-        with torch.no_grad():
-            logp, entropy = token_logprob(hidden.detach(), weight, ids[:, 1:][mask[:, 1:]],
-                                          settings.temperature)
-        loss = reverse_kl(hidden, weight, hinted, state.reference.get_output_embeddings().weight,
-                          settings.temperature)
-    return loss, logp, entropy
+        hinted, _ = predictors(state.reference, teacher.ids[rows, :width], teacher.mask[rows, :width])
+        logp, entropy = token_logprob(hidden, weight, tokens, temperature)
+    loss = reverse_kl(hidden, weight, hinted, state.reference.get_output_embeddings().weight, temperature)
+    shares = batch.advantages[rows][batch.mask[rows]]
+    none = torch.zeros_like(logp)
+    return HeadLoss((loss * shares).sum() / denominator, logp, entropy, none, none)
 
 
 @torch.no_grad()

@@ -12,5 +12,6 @@ from .token_advantages import token_advantages
 from .token_logprob import token_logprob
 
 __all__ = [
-    "choose_token", "paged_attention", "plan_pages", "policy_head", "reverse_kl", "token_advantages", "token_logprob",
+    "choose_token", "paged_attention", "plan_pages", "policy_head", "reverse_kl", "token_advantages",
+    "token_logprob",
 ]

