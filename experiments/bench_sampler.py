@@ -118,7 +118,7 @@ def prefix_grades(judge, problems, traces, steps=6):
 
 def judging(lm, problems, texts, rounds, reply):
     """4 problems x 8 traces, and 6 prefixes of each."""
-    group = [p for p in problems[:4] for _ in range(8)]
+    group = [p for p in problems[: len(texts) // 8] for _ in range(8)]
     judge = Judge(lm.model, lm.tokenizer, readout="expected")
     free = Judge(lm.model, lm.tokenizer, readout="generate", reply_tokens=reply)
     asked = [sum(free.prompt(p, t), []) for p, t in zip(group, texts)]
@@ -189,7 +189,8 @@ def sweep(rounds=3):
 
 
 def main(model, judge="", data="openai/gsm8k:main:test", device="cpu",
-         dtypes=("bfloat16", "float32"), rows=(64, 16), tokens=256, rounds=2, out=OUT):
+         dtypes=("bfloat16", "float32"), rows=(64, 16), tokens=256, rounds=2, judge_problems=4,
+         out=OUT):
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     about = dict(machine=machine, torch=torch.__version__, transformers=transformers.__version__,
@@ -209,7 +210,7 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu",
     if judge:
         print(f"judging, {judge}, bfloat16")
         # stand-ins for traces, of about a trace's length: the reference twice, cut at eight places
-        texts = [2 * f"{p.solution}\n\n" for p in problems[:4]]
+        texts = [2 * f"{p.solution}\n\n" for p in problems[:judge_problems]]
         texts = [text[: len(text) * (8 + k) // 15] for text in texts for k in range(8)]
         add("bfloat16", judging(load_lm(judge, device, torch.bfloat16), problems, texts, rounds,
                                 tokens))
@@ -240,6 +241,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--rows", nargs="*", type=int, default=[64, 16])
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--judge-problems", type=int, default=4, help="of 8 traces each")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     main(**vars(parser.parse_args()))

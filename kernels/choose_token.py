@@ -30,7 +30,10 @@ def choose_token(logits, temperature, uniform):
 
     An entry of probability 0 is never drawn."""
     V = logits.shape[1]
-    p = torch.softmax(logits.float() / (temperature or 1.0), -1)
+    z = logits.float()
+    if temperature not in (0, 1):
+        z = z.div_(temperature) if z is not logits else z / temperature
+    p = torch.softmax(z, -1)
     if temperature == 0:
         token = logits.argmax(-1)
         return token, p.gather(1, token[:, None])[:, 0].log()
