@@ -1037,6 +1037,8 @@ def main() -> None:
                         help="default: 1024, or what fits the context")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many problems")
+    parser.add_argument("--against", metavar="MODEL", default=None,
+                        help="sample a second model, too, and print the paired difference to it")
     parser.add_argument("--seed", type=int, default=0,
                         help="the noise is a function of seed, trace and position")
     parser.add_argument("--out", type=Path, default=None, help="write every trace to this JSONL file")
@@ -1075,17 +1077,35 @@ def main() -> None:
     if args.max_new_tokens is None:
         room = lm.model.config.max_position_embeddings - max(len(lm.chat(p.question)) for p in problems)
         args.max_new_tokens = min(1024, room)
+    print(f"{len(problems)} problems x {args.n} traces, temperature {args.temperature}")
+    solved = [sample_and_print(args, lm, problems, ks, args.out)]
+    if args.against:
+        del lm  # one model in memory at a time
+        other = load_lm(args.against, device, pick_dtype(args.dtype, device))
+        out = args.out and args.out.with_suffix(".against.jsonl")
+        solved.append(sample_and_print(args, other, problems, ks, out))
+        print("difference, the same problems in both (95% interval)")
+        for k in sorted(set(ks)):
+            ours, theirs = ([pass_at_k(args.n, c, k) for c in counts] for counts in solved)
+            difference = np.subtract(ours, theirs)
+            low, high = bootstrap_interval(difference)
+            print(f"  pass@{k:<4d} {difference.mean():+7.2%}   {low:+.2%} .. {high:+.2%}")
+
+
+def sample_and_print(args, lm: LM, problems: list[Problem], ks, out: Path | None) -> list[int]:
+    """One model's table and traces -> how many traces of each problem are right."""
     with tqdm(total=len(problems) * args.n, unit="trace", disable=None) as bar:
         metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature,
                                     args.seed, args.max_rows, bar.update, args.cache_gb)
-    if args.out:
-        write_atomically(args.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    print(f"{lm.name} on {len(problems)} problems x {args.n} traces, temperature {args.temperature}")
+    if out:
+        write_atomically(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    print(lm.name)
     for k in sorted(set(ks)):
         low, high = metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"]
         print(f"  pass@{k:<4d} {metrics[f'pass@{k}']:7.2%}   95% interval {low:.2%} .. {high:.2%}")
     print(f"  length {metrics['length']:.0f} tokens, cut off {metrics['cut_off']:.1%}, "
-          f"{metrics['tokens_per_second']:.0f} tokens/s" + (f", traces in {args.out}" if args.out else ""))
+          f"{metrics['tokens_per_second']:.0f} tokens/s" + (f", traces in {out}" if out else ""))
+    return [sum(r["correct"] for r in records[i : i + args.n]) for i in range(0, len(records), args.n)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The sampler against transformers: greedy tokens, teacher-forced log-probs, distribution, refill, limits."""
 
 import json
+import re
 import os
 import random
 from pathlib import Path
@@ -341,8 +342,10 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
     assert len(records) == 12 and {"problem", "text", "correct", "finished", "tokens"} <= set(records[0])
     assert "pass@1" in done.stdout and "pass@4" in done.stdout and "95% interval" in done.stdout
     again = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 4, "--limit", 3,
-                     "--max-new-tokens", 8, "--out", tmp_path / "u.jsonl", "--seed", 2)
-    assert (tmp_path / "u.jsonl").read_text() == (tmp_path / "t.jsonl").read_text() and again.stdout
+                     "--max-new-tokens", 8, "--out", tmp_path / "u.jsonl", "--seed", 2, "--against", folder)
+    assert (tmp_path / "u.jsonl").read_text() == (tmp_path / "t.jsonl").read_text()
+    assert (tmp_path / "u.against.jsonl").read_text() == (tmp_path / "t.jsonl").read_text()
+    assert re.search(r"difference.*\n +pass@1 +\+0.00% +\+0.00% .. \+0.00%", again.stdout)
     bad = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 2, "--k", 4, check=False)
     assert bad.returncode and "--k" in bad.stderr
 
