@@ -393,6 +393,8 @@ def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], start
     advantages = torch.zeros_like(batch.sampled_logp)
     for norm, stepwise in ((settings.norm, False), (settings.process_norm.replace("-", "_"), True)):
         rows = torch.tensor([(i in starts) == stepwise for i in range(len(verdicts))]).to(batch.mask.device)
+        if not rows.any():
+            continue
         advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group, norm)
         if stepwise and norm == "delta" and settings.step_credit == "score":
             single = rows & (n_steps == 1)
@@ -996,10 +998,14 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
         if moved:
             parser.error(f"--resume continues the same run: --{moved[0].replace('_', '-')} cannot change")
     else:
+        shown = preset
         preset = preset or ("miniature" if "model" not in given else None)
         chosen = PRESETS.get(preset, {"": {}})
         method = given.get("method", chosen[""].get("method", Settings.method))
         base = METHOD_DEFAULTS.get(method, {}) | chosen[""] | chosen.get(method, {})
+        if shown:
+            values = ", ".join(f"{name} {value}" for name, value in base.items())
+            print(f"preset {shown}, {method}: {values}", file=sys.stderr)
         if preset == "miniature" and "data" in given and "eval_data" not in given:
             base = {**base, "eval_data": ()}
     settings = Settings(**{**base, **given})

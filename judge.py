@@ -223,7 +223,7 @@ class Judge:
         limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         room = limit - reply - len(self.stem)
         heads: dict = {}
-        asked, owner = [], []  # (shared part, own part), and whose trace it is
+        asked, owner = [], []  # (before the trace, what is shown of it, behind it), and whose trace it is
         for i, (problem, trace) in enumerate(zip(problems, traces)):
             key = (problem.question, problem.solution)
             heads[key] = heads.get(key) or self.prompt(problem, view)
@@ -232,9 +232,9 @@ class Judge:
             steps = [self.quote(step) for step in ([trace] if view == "outcome" else trace)]
             for k, step in enumerate(steps):
                 shown = step if view == "segment" else [t for earlier in steps[: k + 1] for t in earlier]
-                asked.append((head, shown + rest))
+                asked.append((head, shown, rest))
                 owner.append(i)
-        fits = [j for j, (a, b) in enumerate(asked) if len(a) + len(b) <= room]
+        fits = [j for j, parts in enumerate(asked) if sum(map(len, parts)) <= room]
         read = dict(zip(fits, self.read([asked[j] for j in fits])))
         grades: list[list[float]] = [[] for _ in traces]
         replies: list[list[str]] = [[] for _ in traces]
@@ -244,16 +244,28 @@ class Judge:
             replies[i].append(text)
         return [Verdict(tuple(g), "\n".join(filter(None, r))) for g, r in zip(grades, replies)]
 
-    def read(self, parts: list[tuple[list[int], list[int]]]) -> list[tuple[float, str]]:
-        """Prompts in two parts, shared and own -> for each (s in [0,1] or NaN, what the judge wrote).
+    def read(self, asked: list[tuple[list[int], list[int], list[int]]]) -> list[tuple[float, str]]:
+        """Prompts (head, trace or a part of it, rest) -> for each (s in [0,1] or NaN, what the judge wrote).
 
-        The sampler computes a part that prompts share once, and reads the digits over the reply's cache."""
-        prompts, texts = [a + b for a, b in parts], [""] * len(parts)
-        self.tokens += sum(map(len, prompts)) - sum(len(a) for i, (a, _) in enumerate(parts)
-                                                    if i and a is parts[i - 1][0])
+        Without a reply, a trace and its prefixes are one pass: each prefix's rest forks off where it ends.
+        The sampler computes what prompts share once, and reads the digits over a reply's own cache."""
+        texts, groups = [""] * len(asked), []  # groups: the prefixes of one trace, in one pass
+        for part in asked:
+            last = groups[-1][-1] if groups and self.readout == "expected" else (None, [])
+            if last[0] is part[0] and part[1][: len(last[1])] == last[1]:
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        for before, group in zip([None, *groups], groups):
+            self.tokens += len(group[-1][1]) + sum(len(rest) + len(self.stem) for _, _, rest in group)
+            self.tokens += len(group[0][0]) if before is None or before[0][0] is not group[0][0] else 0
         if self.readout == "expected":
-            logits = self.sampler.next_logits([p + self.stem for p in prompts], self.digit_ids)
+            prompts = [group[0][0] + group[-1][1] for group in groups]
+            forks = [[(len(head) + len(shown), rest + self.stem) for head, shown, rest in group]
+                     for group in groups]
+            logits = self.sampler.next_logits(prompts, self.digit_ids, forks)
         else:
+            prompts = [head + shown + rest for head, shown, rest in asked]
             stem = self.stem if self.readout == "critique" else []
             rollouts, logits = self.sampler.reply_logits(prompts, stem, self.digit_ids, self.reply_tokens)
             replies = [list(r.token_ids[:-1] if r.finished else r.token_ids) for r in rollouts]
