@@ -319,13 +319,14 @@ def test_reverse_kl_against_float64(rows):
 # ---- settings and whole runs ----
 
 
-def test_presets_and_methods_set_what_they_say():
+def test_presets_and_methods_set_what_they_say(capsys):
     def settings(*flags):
         return exprl.parse([*flags, "--model", "Qwen2.5-1.5B-Instruct"])[0]
 
     assert (settings("--method", "sft").kl, settings("--method", "sft").schedule) == (0.0, "cosine")
     paper = settings("--preset", "paper", "--method", "process")
     assert (paper.questions, paper.group, paper.updates, paper.clip_high) == (36, 16, 1, 0.26)
+    assert "preset paper, process: " in (shown := capsys.readouterr().err) and "questions 36" in shown
     assert (
         settings("--preset", "paper").updates == 2
         and settings("--preset", "paper", "--group", "4").group == 4
