@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Outcome, Process and sparse GRPO on real language models: the same start, the same number of traces, accuracy on
+# held-out problems before and after with intervals, and all traces in one HTML file.
+#
+#   experiments/gsm8k.sh MODEL TRAIN DEV OUT [flags of exprl.py]
+#   experiments/gsm8k.sh Qwen2.5-0.5B-Instruct openai/gsm8k:main:train gsm8k_dev.jsonl runs/gsm8k        # one GPU
+#   experiments/gsm8k.sh /folder/SmolLM2-135M-Instruct gsm8k_train.jsonl gsm8k_dev.jsonl /tmp/gsm8k --steps 1 \
+#       --questions 2 --group 2 --max-new-tokens 48 --eval-limit 2 --eval-n 2 --eval-k 1 2                # that it works
+set -euo pipefail
+model=$1 train=$2 dev=$3 out=$4
+shift 4
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+for method in outcome process grpo; do
+  [ -e "$out/$method/model" ] || "$python" exprl.py --model "$model" --data "$train" --eval-data "$dev" --method "$method" \
+    --steps 100 --questions 32 --group 8 --max-new-tokens 512 --lr 2e-6 --eval-every 50 --eval-limit 400 --eval-n 4 \
+    --eval-k 1 4 --save-every 50 --out "$out/$method" "$@"
+done
+"$python" experiments/report.py "$out/outcome" "$out/process" "$out/grpo" --out "$out/report.html"
