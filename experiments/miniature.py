@@ -1,12 +1,13 @@
-"""The paper's comparison in miniature: Stage I by each method from the embedded base, then Stage II (sparse GRPO).
+"""The paper's comparison in miniature: Stage I by each method from the embedded base, then Stage II.
 
-    python experiments/miniature.py --quick      # one seed, few steps, no search for learning rates (make compare-quick)
-    python experiments/miniature.py              # three seeds, each method at its best learning rate of LRS: hours
-    python experiments/miniature.py --methods process process-end process-step-mean      # ablations: see METHODS
+    python experiments/miniature.py --quick    # one seed, few steps, no search for rates (make compare-quick)
+    python experiments/miniature.py            # three seeds, each method at its best rate of LRS: hours
+    python experiments/miniature.py --methods process process-end process-step-mean    # ablations: METHODS
 
-Stage I takes the same number of traces for every method (SFT: as many references); `seconds` says what that cost.
-The learning rate is chosen by pass@1 on `dev` with a seed of its own; the table is on `eval` and `deep` (one
-operation more per chain), which nothing was chosen on. "worked" = the answer and every step right.
+Stage I takes the same number of traces for every method (SFT: as many references); `seconds` says what that
+cost. Stage II is sparse GRPO, the same for all. The learning rate is chosen by pass@1 on `dev` with a seed of
+its own; the table is on `eval` and `deep` (one operation more per chain), which nothing was chosen on.
+"worked" = the answer and every step right.
 
 Writes OUT/results.csv, OUT/curves.svg and OUT/runs/. A run that is complete is not run again: start this once
 more after a stop. Left out: equal CPU time instead of equal traces (scale --steps by `seconds`).
@@ -54,27 +55,10 @@ def train(run: Path, flags: list, seed: int, steps: int, lr: float, args) -> flo
     """One run of exprl.py without evaluation, unless it is complete -> its seconds of training."""
     if not (run / "model").exists():
         shutil.rmtree(run, ignore_errors=True)
-        command = [
-            sys.executable,
-            "exprl.py",
-            "--preset",
-            "miniature",
-            *flags,
-            "--seed",
-            seed,
-            "--steps",
-            steps,
-            "--lr",
-            lr,
-            "--questions",
-            args.questions,
-            "--eval-limit",
-            0,
-            "--show-every",
-            0,
-            "--out",
-            run,
-        ]
+        questions = args.questions * (8 if "sft" in flags else 1)  # references, as many as others' traces
+        command = [sys.executable, "exprl.py", "--preset", "miniature", *flags, "--seed", seed, "--lr", lr]
+        command += ["--steps", steps, "--questions", questions, "--eval-limit", 0, "--show-every", 0]
+        command += ["--out", run]
         print(f"{time.strftime('%H:%M:%S')} {run.name}", flush=True)
         done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -195,7 +179,7 @@ def table(rows: list[dict], args) -> str:
 
 
 def figure(args) -> str:
-    """Exact match of the sampled traces per step, Stage I and II side by side; band: lowest to highest seed."""
+    """Exact match of the sampled traces per step, Stage I beside Stage II; band: lowest to highest seed."""
     parts, width, height = [], 430, 260
     curves = {}
     for panel, suffix in enumerate(("", "-stage2")):
@@ -205,7 +189,7 @@ def figure(args) -> str:
                 series = [[m["accuracy"] for m in metrics(run)] for run in runs]
                 if series[0][0] is not None:  # SFT samples nothing
                     curves[panel, method] = list(zip(*series))
-    top = max(max(map(max, curve)) for curve in curves.values())
+    top = max(max(map(max, curve)) for curve in curves.values()) or 1.0  # all wrong: an empty scale
     for panel in (0, 1):
         left = 50 + panel * (width + 50)
         parts.append(

@@ -6,7 +6,6 @@ import math
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -295,12 +294,10 @@ def test_resume_is_exact(world, whole, tmp_path):
 def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
     """kill -9 at three random moments: the run still ends where the undisturbed one ended."""
     rng, run = random.Random(time.time_ns()), tmp_path / "killed"
-    command = [sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6",
-               "--out", str(run)]
+    command = ["exprl.py", *flags_of_whole(world), "--steps", 6, "--out", run]
     kills = 0
     while kills < 3:
-        process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        process = tiny.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.time() + 120
         while not (run / "metrics.jsonl").exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.05)
@@ -309,7 +306,7 @@ def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
             process.kill()
         process.wait()
         kills += 1
-        command = [sys.executable, "exprl.py", "--resume", str(run)]
+        command = ["exprl.py", "--resume", run]
     tiny.run("exprl.py", "--resume", run)
     same_end(run, whole[0])
 
@@ -317,9 +314,8 @@ def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit_cleanly(world, whole, tmp_path, number):
     run = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, "exprl.py", *map(str, flags_of_whole(world)), "--steps", "6",
-                                "--save-every", "0", "--out", str(run)],
-                               cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True)
+    process = tiny.start("exprl.py", *flags_of_whole(world), "--steps", 6, "--save-every", 0, "--out", run,
+                         stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and '"score"' in (run / "metrics.jsonl").read_text():

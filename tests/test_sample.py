@@ -126,8 +126,11 @@ def page_bytes(net):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_pauses_lose_nothing(family):
-    """A cache of 14 pages for 8 rows: rows are paused, resumed, and end as they would with room for all."""
-    net = tiny.model(family, seed=2)
+    """A cache of 14 pages for 8 rows: rows are paused, resumed, and end as they would with room for all.
+
+    In float64: a resumed row is computed in another order, and one draw in some thousands of float32 is close
+    enough to a token's edge to notice."""
+    net = tiny.model(family, seed=2).double()
     prompts = random_prompts(9, 70)
     roomy, tight = Sampler(net), Sampler(net, max_rows=8, cache_gb=14 * page_bytes(net) / 2**30)
     for n, temperature in ((1, 0.0), (3, 1.0)):

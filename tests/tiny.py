@@ -94,11 +94,20 @@ def gradient(state, settings, batch):
     return grads[0], metrics
 
 
+# One thread: on another number of threads sums are rounded differently, and resuming is not bit for bit.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+
+
+def start(*command, **kwargs) -> subprocess.Popen:
+    """The same without waiting for its end."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | ENVIRONMENT,
+                            **kwargs)
+
+
 def run(*command, check=True, env=None, **kwargs) -> subprocess.CompletedProcess:
     """A program of the project as a real subprocess, from the repository's root, on one thread, offline."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"} | (env or {})
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, **kwargs)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | ENVIRONMENT | (env or {}), **kwargs)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
