@@ -389,8 +389,8 @@ def real_model(name, dtype=torch.float32):
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["smollm", "qwen"])
 def test_real_models_are_greedy_as_generate(name):
-    """64 prompts of 1 to about 700 tokens, float32, at most 24 new tokens: generate's tokens, through
-    refill (12 rows) and pauses (a cache of 40 pages)."""
+    """64 prompts of 1 to about 700 tokens, float32, at most 40 new tokens: generate's tokens, through
+    refill (12 rows) and pauses (a cache of 27 pages)."""
     lm, rng = real_model(name), random.Random(0)
     words = lm.tokenizer.encode("Tom has 3 boxes of 12 eggs and drops 5 eggs. How many are whole? Let us see")
     prompts = [lm.chat("What is 17 * 23?"), words[:1]]
@@ -401,10 +401,10 @@ def test_real_models_are_greedy_as_generate(name):
     config = lm.model.config
     page = 2 * config.num_hidden_layers * config.num_key_value_heads * PAGE * 4
     page *= getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sampler = Sampler(lm.model, max_rows=12, cache_gb=40 * page / 2**30, prefill_tokens=1024)
-    rollouts = sampler.sample(prompts, 1, 24, temperature=0)
+    sampler = Sampler(lm.model, max_rows=12, cache_gb=27 * page / 2**30, prefill_tokens=1024)
+    rollouts = sampler.sample(prompts, 1, 40, temperature=0)
     for prompt, rollout in zip(prompts, rollouts):
-        want = generate(lm.model, prompt, 24)
+        want = generate(lm.model, prompt, 40)
         for i, (a, b) in enumerate(zip(rollout.token_ids, want)):
             if a != b:  # only where two logits are equal up to float32 rounding may the paths differ
                 logits = lm.model(torch.tensor([prompt + want[:i]])).logits[0, -1]
@@ -418,17 +418,20 @@ def test_real_models_are_greedy_as_generate(name):
 @pytest.mark.real
 @pytest.mark.parametrize("name, dtype", [("smollm", "float32"), ("qwen", "float32"), ("smollm", "bfloat16")])
 def test_real_models_logprobs_are_teacher_forced_ones(name, dtype):
-    """float32: to 1e-4. bfloat16: the share of tokens with a ratio outside [0.9, 1.1] is printed."""
+    """float32: to 1e-4. bfloat16: as near to float32 as transformers in bfloat16 is; the shares of tokens with
+    a ratio outside [0.9, 1.1] are printed."""
     lm = real_model(name, getattr(torch, dtype))
     prompts = [lm.chat(q) for q in ("What is 17 * 23?", "How many eggs are 12 boxes of 12?", "Hi " * 60)]
-    gaps = []
-    for rollout in Sampler(lm.model, max_rows=4).sample(prompts, 3, 40, 0.8, seed=1):
-        forced = teacher_forced(lm.model, rollout, 0.8)
-        gaps += [a - b for a, b in zip(rollout.logprobs, forced)]
-    gaps = torch.tensor(gaps)
+    rollouts = Sampler(lm.model, max_rows=4).sample(prompts, 3, 40, 0.8, seed=1)
+    ours = torch.tensor([logp for r in rollouts for logp in r.logprobs])
+    forced = torch.tensor([logp for r in rollouts for logp in teacher_forced(lm.model, r, 0.8)])
     if dtype == "float32":
-        assert gaps.abs().max() < 1e-4
-    else:
-        outside = ((gaps.exp() - 1).abs() > 0.1).float().mean().item()
-        print(f"{name} {dtype}: {outside:.1%} of {len(gaps)} tokens outside [0.9, 1.1]")
-        assert outside < 0.05
+        assert (ours - forced).abs().max() < 1e-4
+        return
+    exact = real_model(name, torch.float32).model
+    exact = torch.tensor([logp for r in rollouts for logp in teacher_forced(exact, r, 0.8)])
+    off, theirs, between = (((a - b).exp() - 1).abs().gt(0.1).float().mean().item()
+                            for a, b in ((ours, exact), (forced, exact), (ours, forced)))
+    print(f"{name} {dtype}, tokens outside [0.9, 1.1] of {len(ours)}: ours and float32 {off:.1%}, "
+          f"transformers and float32 {theirs:.1%}, ours and transformers {between:.1%}")
+    assert off <= 1.25 * theirs + 0.02
