@@ -89,10 +89,15 @@ def sampling(lm, problems, rows_list, tokens, rounds):
                        cpu=cpu)
 
 
+def whole_prompt(judge, problem, trace):
+    before, after = judge.prompt(problem)
+    return before + judge.quote(trace) + after
+
+
 @torch.inference_mode()
 def padded_grades(judge, problems, traces, batch=8):
     """The expected grade with each prompt alone, in padded batches through transformers' own attention."""
-    prompts = [sum(judge.prompt(p, t), []) + judge.stem for p, t in zip(problems, traces)]
+    prompts = [whole_prompt(judge, p, t) + judge.stem for p, t in zip(problems, traces)]
     order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [0.0] * len(prompts)
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
@@ -105,15 +110,9 @@ def padded_grades(judge, problems, traces, batch=8):
 
 
 def prefix_grades(judge, problems, traces, steps=6):
-    """The expected grade of `steps` prefixes of each trace, all cuts of a trace in one pass."""
-    prompts, forks = [], []
-    for problem, trace in zip(problems, traces):
-        shared, own = judge.prompt(problem, trace)
-        own = own[: len(own) - len(judge.fixed[3])]
-        prompts.append(shared + own)
-        forks.append([(len(shared) + len(own) * (k + 1) // steps, judge.fixed[3] + judge.stem)
-                      for k in range(steps)])
-    return judge.sampler.next_logits(prompts, judge.digit_ids, forks)
+    """The grades of `steps` prefixes of each trace, as --method process asks for them."""
+    cut = [[t[len(t) * k // steps : len(t) * (k + 1) // steps] for k in range(steps)] for t in traces]
+    return judge.grade(problems, cut, "prefix")
 
 
 def judging(lm, problems, texts, rounds, reply):
@@ -121,7 +120,7 @@ def judging(lm, problems, texts, rounds, reply):
     group = [p for p in problems[: len(texts) // 8] for _ in range(8)]
     judge = Judge(lm.model, lm.tokenizer, readout="expected")
     free = Judge(lm.model, lm.tokenizer, readout="generate", reply_tokens=reply)
-    asked = [sum(free.prompt(p, t), []) for p, t in zip(group, texts)]
+    asked = [whole_prompt(free, p, t) for p, t in zip(group, texts)]
     best = race({
         "sample.py, shared pages": lambda: [v.grades[0] for v in judge.grade(group, texts)],
         "each prompt alone, padded batches": lambda: padded_grades(judge, group, texts),
