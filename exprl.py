@@ -407,7 +407,8 @@ def step_starts(lm: LM, token_ids) -> list[int]:
     """The token at which each step of a trace opens. A line that starts with exactly three # opens one; what
     stands before the first heading is a step, too. Fragments under MIN_STEP tokens join the next step, or the
     last one; beyond MAX_STEPS the rest is one step."""
-    pieces = [lm.text([t]) for t in token_ids]  # text is never encoded back: steps are places in the ids
+    decoded = {t: lm.text([t]) for t in set(token_ids)}
+    pieces = [decoded[t] for t in token_ids]  # text is never encoded back: steps are places in the ids
     ends = np.cumsum([len(piece) for piece in pieces])
     headings = [m.start() for m in HEADING.finditer("".join(pieces))]
     starts = [0]

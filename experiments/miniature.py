@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from exprl import read_jsonl  # noqa: E402
 from sample import evaluate, load_lm  # noqa: E402
 from data import load_problems  # noqa: E402
 from data.miniature import FOLDER, worked  # noqa: E402
@@ -67,7 +68,7 @@ def train(run: Path, flags: list, seed: int, steps: int, lr: float, args) -> flo
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    return read_jsonl(run / "metrics.jsonl")
 
 
 def measure(model: Path, split: str, args) -> dict:

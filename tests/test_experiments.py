@@ -1,9 +1,6 @@
 """The comparison in miniature: it runs, goes on where it was stopped, and writes its table and figure."""
 
 import csv
-import os
-import subprocess
-import sys
 
 import tiny
 
@@ -23,6 +20,5 @@ def test_comparison_runs_resumes_and_reports(tmp_path):
 
 def test_a_failing_run_stops_the_comparison_with_its_message(tmp_path):
     command = ["experiments/miniature.py", "--methods", "grpo", "--lr", "-1", "--out", str(tmp_path)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=tiny.ROOT, env=env, capture_output=True, text=True)
+    done = tiny.run(*command, check=False)
     assert done.returncode == 1 and "need --lr > 0" in done.stderr

@@ -4,6 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 paged = importlib.import_module("kernels.paged_attention")
@@ -146,11 +147,7 @@ def test_choices_follow_the_distribution(version):
             token, logprob = choose.gumbel_choose(rows, 1.3, 11, trace, trace % 7)
         assert torch.allclose(logprob, p.log()[token].float(), atol=1e-5)
         counts += torch.bincount(token, minlength=V)
-    big = p * draws >= 20
-    observed = torch.cat([counts[big], counts[~big].sum()[None]])
-    expected = torch.cat([p[big], p[~big].sum()[None]]) * draws
-    statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations
+    tiny.assert_distributed(counts, p, draws)
 
 
 def test_choices_on_hard_rows():

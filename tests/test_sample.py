@@ -247,11 +247,7 @@ def test_sampled_tokens_follow_the_distribution():
     with torch.no_grad():
         p = (net(torch.tensor([[5, 6, 7]])).logits[0, -1].double() / 1.3).softmax(-1)
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=260).double()
-    big = p * draws >= 20
-    observed = torch.cat([counts[big], counts[~big].sum()[None]])
-    expected = torch.cat([p[big], p[~big].sum()[None]]) * draws
-    statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations
+    tiny.assert_distributed(counts, p, draws)
 
 
 def test_noise_is_a_function_of_seed_trace_and_position():

@@ -55,6 +55,21 @@ def save(folder: Path, **arguments) -> Path:
     return folder
 
 
+def assert_distributed(counts, p, draws: int) -> None:
+    """Chi-square of counts against p, both (V,): what is expected less than 20 times goes into one bin."""
+    big = p * draws >= 20
+    observed = torch.cat([counts[big], counts[~big].sum()[None]])
+    expected = torch.cat([p[big], p[~big].sum()[None]]) * draws
+    statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations
+
+
+def matrix_products(profile) -> int:
+    """How many a torch.profiler.profile has seen."""
+    names = ("aten::mm", "aten::addmm", "aten::addmm_")
+    return sum(event.count for event in profile.key_averages() if event.key in names)
+
+
 def problems_file(path: Path, rows: int = 12) -> Path:
     lines = [{"question": f"What is {i} + {i}?", "solution": f"REF{i}: twice {i} is \\boxed{{{2 * i}}}",
               "answer": str(2 * i), "domain": "math"} for i in range(rows)]
