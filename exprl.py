@@ -180,8 +180,8 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     clock.lap("judging")
     judged = state.judge.tokens if state.judge else 0
     batch = METHODS[settings.method](state, settings, traces)
-    records = trace_records(step, traces, batch) if settings.method != "sft" else []
-    unread = mean(~batch.read)
+    records = trace_records(step, traces, batch)
+    unread = mean([None in r["grades"] for r in records])
     if unread > settings.max_unread:
         raise Stop(f"step {step}: {unread:.0%} of the grades could not be read, more than --max-unread "
                    f"{settings.max_unread:.0%}. The judge's replies stand at the end of rollouts.jsonl; "
@@ -190,31 +190,46 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     lr = learning_rate(settings, step)
     update_metrics = update(state, settings, batch, lr)
     clock.lap("logging")
-
-    for problem, right in zip(traces.problems, traces.correct):
-        state.seen[problem.id] = state.seen.get(problem.id, False) or right
+    for r in records:
+        state.seen[r["problem"]] = state.seen.get(r["problem"], False) or r["correct"]
     sampled = settings.method != "sft"
-    moving = (batch.advantages != 0).any(1).view(-1, settings.group if sampled else 1).any(1)
-    tokens = sum(len(r.token_ids) for r in traces.rollouts)
+    tokens = sum(r["tokens"] for r in records)
     return {
         "step": step,
-        "score": mean_score(batch.verdicts) if state.judge else None,
-        "accuracy": mean(traces.correct) if sampled else None,
-        "length": tokens / len(traces.rollouts),
-        "headings": mean([count_headings(text) for text in traces.texts]),
-        "cut_off": mean([not r.finished for r in traces.rollouts]),
-        "unread": unread,
-        "zero_groups": 1 - mean(moving),
+        **trace_metrics(settings, records),
         "unsolved": 1 - mean(list(state.seen.values())) if sampled else None,
         **update_metrics,
-        **batch.metrics,
         "lr": lr,
         "sample_tok_s": tokens / clock.laps["sampling"] if sampled else None,
         "judge_tok_s": (state.judge.tokens - judged) / clock.laps["judging"] if state.judge else None,
-        "train_tok_s": int(batch.mask.sum()) / clock.laps["training"],
+        "train_tok_s": tokens / clock.laps["training"],
         "seconds": clock.total(),
         "peak_gb": peak_gb(state.device),
-    }, records
+    }, records if sampled else []
+
+
+def trace_metrics(settings: Settings, records: list[dict]) -> dict:
+    """The metrics that a step's records give, those of a problem side by side."""
+    sampled = settings.method != "sft"
+    group = settings.group if sampled else 1
+    moving = [r["advantage"] != [0.0, 0.0] for r in records]
+    graded = [r["grades"] for r in records if r["grades"] and None not in r["grades"]]
+    tokens = sum(r["tokens"] for r in records)
+    metrics = {
+        "score": mean([mean(grades) for grades in graded]) if settings.method in JUDGED else None,
+        "accuracy": mean([r["correct"] for r in records]) if sampled else None,
+        "length": tokens / len(records),
+        "headings": mean([count_headings(r["text"]) for r in records]),
+        "cut_off": mean([not r["finished"] for r in records]),
+        "unread": mean([None in r["grades"] for r in records]),
+        "zero_groups": mean([not any(moving[i : i + group]) for i in range(0, len(records), group)]),
+    }
+    if settings.method == "process":
+        metrics["step_grades"] = mean_by_position(
+            [r["grades"] for r in records if r["domain"] not in settings.outcome_domains])
+    if settings.method == "distill":
+        metrics["teacher_kl"] = sum(r["teacher_kl"] * r["tokens"] for r in records) / tokens
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -246,7 +261,7 @@ class Batch:
     step_ids: torch.Tensor | None = None  # (N,T) the token's step, -1 outside the trace
     verdicts: tuple[Verdict, ...] = ()  # (N)
     teacher: "Batch | None" = None  # distill, full KL: the same traces behind the teacher's prompts
-    metrics: dict = field(default_factory=dict)  # the method's own
+    notes: dict = field(default_factory=dict)  # name -> (N,) numbers of the method's own, for the records
 
 
 def collate(rollouts: list[Rollout], device) -> Batch:
@@ -269,10 +284,12 @@ def trace_records(step: int, traces: Traces, batch: Batch) -> list[dict]:
     records = []
     for i, r in enumerate(traces.rollouts):
         advantages = batch.advantages[i][batch.mask[i]].cpu()
-        record = {"step": step, "problem": traces.problems[i].id, "text": traces.texts[i], "grades": [],
-                  "correct": traces.correct[i],
+        problem = traces.problems[i]
+        record = {"step": step, "problem": problem.id, "domain": problem.domain, "text": traces.texts[i],
+                  "grades": [], "correct": traces.correct[i],
                   "advantage": [float(advantages.min()), float(advantages.max())],
                   "finished": r.finished, "tokens": len(r.token_ids)}
+        record |= {name: float(values[i]) for name, values in batch.notes.items()}
         if batch.verdicts:
             first = batch.step_ids[i][batch.mask[i]].cpu().diff(prepend=torch.tensor([-1])) != 0
             record |= {"grades": none_for_nan(batch.verdicts[i].grades),
@@ -300,8 +317,7 @@ def process(state: "State", settings: Settings, traces: Traces) -> Batch:
     starts = {i: step_starts(state.policy, traces.rollouts[i].token_ids) for i in by_step}
     verdicts = (grade_whole(state, settings, traces, whole)
                 | grade_steps(state, settings, traces, by_step, starts))
-    batch = credit(settings, collate(traces.rollouts, state.device), verdicts, starts)
-    return replace(batch, metrics={"step_grades": mean_by_position([verdicts[i].grades for i in by_step])})
+    return credit(settings, collate(traces.rollouts, state.device), verdicts, starts)
 
 
 def grpo(state: "State", settings: Settings, traces: Traces) -> Batch:
@@ -335,7 +351,7 @@ def distill(state: "State", settings: Settings, traces: Traces) -> Batch:
     weights = batch.mask * (lengths.float().mean() / lengths.clamp(min=1))
     full = settings.distill_kl == "full"
     return replace(batch, advantages=weights if full else gap * weights, teacher=teacher if full else None,
-                   metrics={"teacher_kl": -float(gap.sum() / batch.mask.sum())})
+                   notes={"teacher_kl": -gap.sum(1) / lengths[:, 0].clamp(min=1)})
 
 
 METHODS = {"outcome": outcome, "process": process, "grpo": grpo, "sft": sft, "distill": distill}
@@ -449,9 +465,9 @@ def hinted_prompt(policy: LM, problem: Problem) -> list[int]:
                               policy.prompts.get("distill", TEACHER)))
 
 
-def mean_by_position(grades: list[tuple[float, ...]]) -> list[float | None]:
+def mean_by_position(grades: list[list[float | None]]) -> list[float | None]:
     """Mean grade of the first, second, ... step, over the traces that have one which could be read."""
-    columns = [[g[k] for g in grades if len(g) > k and not math.isnan(g[k])]
+    columns = [[g[k] for g in grades if len(g) > k and g[k] is not None]
                for k in range(max(map(len, grades), default=0))]
     return [mean(column) for column in columns]
 
@@ -932,11 +948,6 @@ def none_for_nan(values) -> list:
 
 def count_headings(text: str) -> int:
     return len(HEADING.findall(text))
-
-
-def mean_score(verdicts) -> float | None:
-    """Over the traces that could be read, the mean of their grades' means; None without any."""
-    return mean([float(np.mean(v.grades)) for v in verdicts if v.grades and not np.isnan(v.grades).any()])
 
 
 def peak_gb(device: str) -> float:

@@ -33,6 +33,7 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -528,11 +529,12 @@ class Sampler:
         seed: int = 0,
         end_ids: list[int] | None = None,  # default: the end tokens of the model's generation config
         progress=None,  # called with the number of traces that ended, as they end
+        places: list[int] | None = None,  # of these prompts in a larger batch: their noise is as in that one
     ) -> list[Rollout]:
         """n traces for each prompt, prompt-major: the traces of prompt i are [i*n : (i+1)*n].
 
         Raises ValueError when prompt + max_new_tokens exceeds the model's context or the cache's memory."""
-        return self.run(prompts, n, max_new_tokens, temperature, seed, end_ids, progress)[0]
+        return self.run(prompts, n, max_new_tokens, temperature, seed, end_ids, progress, places)[0]
 
     @torch.inference_mode()
     def reply_logits(self, prompts: list[list[int]], stem: list[int], token_ids: list[int],
@@ -541,8 +543,8 @@ class Sampler:
         """One reply a prompt, then logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
 
         The reply's end token is left out. The stem is fed over the reply's own cache, among other rows."""
-        return self.run(prompts, 1, max_new_tokens, temperature, seed, end_ids, None, list(stem),
-                        list(token_ids))
+        return self.run(prompts, 1, max_new_tokens, temperature, seed, end_ids, stem=list(stem),
+                        token_ids=list(token_ids))
 
     @torch.inference_mode()
     def next_logits(self, prompts: list[list[int]], token_ids: list[int],
@@ -626,20 +628,25 @@ class Sampler:
 
     # ---- the loop: admit, grow, step, end ------------------------------------------------------------------
 
-    def run(self, prompts, n, max_new_tokens, temperature, seed, end_ids, progress, stem=(), token_ids=()):
+    def run(self, prompts, n, max_new_tokens, temperature, seed, end_ids, progress=None, places=None, stem=(),
+            token_ids=()):
         room = max_new_tokens + len(stem)
         self.check(prompts, n, temperature, [len(p) + room for p in prompts])
         results: list[Rollout | None] = [None] * (len(prompts) * n)
+        # A trace is known by its number in the larger batch; index says where it lies in this one.
+        index = {place * n + j: i * n + j for i, place in enumerate(places or range(len(prompts)))
+                 for j in range(n)}
         read = torch.zeros(len(results) if stem else 0, len(token_ids))
         if not results:
             return results, read
         ends = np.array(end_tokens(self.model) if end_ids is None else end_ids, np.int32)
         if not self.covered:
-            return self.run_slowly(prompts, n, max_new_tokens, temperature, seed, ends, progress, stem,
-                                   token_ids)
+            return self.run_slowly(prompts, n, max_new_tokens, temperature, seed, ends, progress, list(index),
+                                   stem, token_ids)
         most = -(-(max(map(len, prompts)) + room) // PAGE)  # pages of the longest trace
         rows = Rows(min(self.max_rows, len(results)), most, max(max_new_tokens, 1))
-        waiting = deque(Work(list(p), deque(range(i * n, (i + 1) * n))) for i, p in enumerate(prompts))
+        numbers = iter(index)
+        waiting = deque(Work(list(p), deque(islice(numbers, n))) for p in prompts)
         wanted = (len(rows.pages) + 2) * most + self.prefill_tokens // PAGE
         with (self.open(wanted, most) as cache, attention_of(self.model),
               packed_linears(self.model, len(rows.pages))):
@@ -648,7 +655,7 @@ class Sampler:
             def retreat(row):
                 """Pause a row: free what is its own, and queue it with its tokens so far."""
                 trace, position = rows.state[row, [TRACE, POSITION]].tolist()
-                tokens, prompt = rows.tokens[row, :position].tolist(), list(prompts[trace // n])
+                tokens, prompt = rows.tokens[row, :position].tolist(), list(prompts[index[trace] // n])
                 ids, forced = prompt + tokens, rows.forced[row]
                 if forced is not None:
                     ids = ids[: len(ids) - (tokens[-1] in ends)] + list(stem[: len(stem) - len(forced)])
@@ -698,13 +705,13 @@ class Sampler:
                     if rows.forced[row]:
                         state[row, TOKEN] = rows.forced[row].pop(0)
                     else:
-                        read[state[row, TRACE]] = logits[row, list(token_ids)].float().cpu()
+                        read[index[int(state[row, TRACE])]] = logits[row, list(token_ids)].float().cpu()
                         done.append(row)
                 ended = drawn[finished[drawn] | (state[drawn, POSITION] == max_new_tokens)].tolist()
                 for row in ended:
                     trace, count = state[row, [TRACE, POSITION]].tolist()
-                    results[trace] = Rollout(
-                        tuple(prompts[trace // n]), tuple(rows.tokens[row, :count].tolist()),
+                    results[index[trace]] = Rollout(
+                        tuple(prompts[index[trace] // n]), tuple(rows.tokens[row, :count].tolist()),
                         tuple(rows.logprobs[row, :count].tolist()), bool(finished[row]))
                     if not stem:
                         done.append(row)
@@ -845,13 +852,14 @@ class Sampler:
 
     # ---- other families ------------------------------------------------------------------------------------
 
-    def run_slowly(self, prompts, n, max_new_tokens, temperature, seed, ends, progress, stem, token_ids):
+    def run_slowly(self, prompts, n, max_new_tokens, temperature, seed, ends, progress, numbers, stem,
+                   token_ids):
         """The same with transformers' own cache, for layers that pages do not cover: one prompt at a time,
         its n traces as a batch of equal lengths, so that nothing is padded."""
         results, device = [], self.model.device
         read = torch.zeros(len(prompts) * n if stem else 0, len(token_ids))
         for i, prompt in enumerate(prompts):
-            noise = torch.stack([trace_noise(seed, i * n + j, max_new_tokens) for j in range(n)])
+            noise = torch.stack([trace_noise(seed, t, max_new_tokens) for t in numbers[i * n :][:n]])
             noise = noise.to(device)
             ids, past = torch.tensor([prompt] * n, device=device), None
             tokens, logprobs = [], []
@@ -955,39 +963,40 @@ def end_tokens(model) -> list[int]:
 # Evaluation, and the program
 
 
-def evaluate(lm: LM, problems: list[Problem], n: int, ks, max_new_tokens: int, temperature: float,
-             seed: int = 0, max_rows: int = 256, progress=None,
-             cache_gb: float | None = None) -> tuple[dict, list[dict]]:
-    """Sample n traces a problem -> metrics and one record per trace.
-
-    metrics: {"pass@k": mean, "pass@k_low", "pass@k_high": 95% bootstrap interval over problems} for each k,
-    and length (tokens), cut_off (share), tokens_per_second."""
+def evaluate(lm: LM, problems: list[Problem], n: int, ks, *settings, **options) -> tuple[dict, list[dict]]:
+    """Sample n traces a problem (see `traces_of`) -> metrics (see `summary`) and one record per trace."""
     start = time.perf_counter()
+    records = traces_of(lm, problems, n, *settings, **options)
+    return summary(records, n, ks, time.perf_counter() - start), records
+
+
+def traces_of(lm: LM, problems: list[Problem], n: int, max_new_tokens: int, temperature: float, seed: int = 0,
+              max_rows: int = 256, progress=None, cache_gb: float | None = None, places=None) -> list[dict]:
+    """Records of n traces a problem, those of a problem side by side: problem id, text, exact match."""
     rollouts = Sampler(lm.model, max_rows, cache_gb).sample(
-        [lm.chat(p.question) for p in problems], n, max_new_tokens, temperature, seed, progress=progress
-    )
-    seconds = time.perf_counter() - start
-    records, counts = [], []
-    for i, problem in enumerate(problems):
-        group = rollouts[i * n : (i + 1) * n]
-        texts = [lm.text(r.token_ids) for r in group]
-        correct = [is_correct(text, problem.answer) for text in texts]
-        counts.append(sum(correct))
-        records += [
-            {"problem": problem.id, "text": text, "correct": right, "finished": r.finished,
-             "tokens": len(r.token_ids)}
-            for r, text, right in zip(group, texts, correct)
-        ]
+        [lm.chat(p.question) for p in problems], n, max_new_tokens, temperature, seed, progress=progress,
+        places=places)
+    records = []
+    for problem, r in zip((p for p in problems for _ in range(n)), rollouts):
+        text = lm.text(r.token_ids)
+        records.append({"problem": problem.id, "text": text, "correct": is_correct(text, problem.answer),
+                        "finished": r.finished, "tokens": len(r.token_ids)})
+    return records
+
+
+def summary(records: list[dict], n: int, ks, seconds: float) -> dict:
+    """{"pass@k": mean, "pass@k_low", "pass@k_high": 95% bootstrap interval over problems} for each k, and
+    length (tokens), cut_off (share), tokens_per_second."""
+    counts = [sum(r["correct"] for r in records[i : i + n]) for i in range(0, len(records), n)]
     metrics = {}
     for k in sorted(set(ks)):
         values = [pass_at_k(n, c, k) for c in counts]
         low, high = bootstrap_interval(values)
         metrics |= {f"pass@{k}": float(np.mean(values)), f"pass@{k}_low": low, f"pass@{k}_high": high}
-    lengths = [len(r.token_ids) for r in rollouts]
-    metrics |= {"length": float(np.mean(lengths)),
-                "cut_off": float(np.mean([not r.finished for r in rollouts])),
-                "tokens_per_second": sum(lengths) / seconds}
-    return metrics, records
+    tokens = [r["tokens"] for r in records]
+    return metrics | {"length": float(np.mean(tokens)),
+                      "cut_off": float(np.mean([not r["finished"] for r in records])),
+                      "tokens_per_second": sum(tokens) / seconds}
 
 
 def problems_or_exit(specs, split: str, **options) -> list[Problem]:

@@ -193,7 +193,8 @@ def test_mixed_domains_share_a_batch(world):
         assert batch.advantages[4 + i][batch.mask[4 + i]].tolist() == pytest.approx(
             [float(normed[i])] * len(texts[i]), abs=1e-4
         )
-    assert batch.metrics["step_grades"][0] == pytest.approx(0.13)
+    records = exprl.trace_records(1, traced(state, texts), batch)
+    assert exprl.trace_metrics(settings, records)["step_grades"][0] == pytest.approx(0.13)
 
 
 def test_the_judge_sees_the_reference_that_was_asked_for(world):
@@ -266,7 +267,8 @@ def test_the_teacher_is_the_start_that_sees_the_reference(world):
         logp = logp[len(hinted) - 1 : -1][torch.arange(len(r.token_ids)), list(r.token_ids)]
         expected = (logp - torch.tensor(r.logprobs)) * mean_length / len(r.token_ids)
         assert torch.allclose(batch.advantages[i][batch.mask[i]], expected, atol=1e-4)
-    assert math.isfinite(batch.metrics["teacher_kl"])
+        gap = float((torch.tensor(r.logprobs) - logp).mean())
+        assert float(batch.notes["teacher_kl"][i]) == pytest.approx(gap, abs=1e-4)
 
 
 def test_full_distillation_is_the_reverse_kl(world):

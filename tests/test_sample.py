@@ -257,6 +257,16 @@ def test_noise_is_a_function_of_seed_trace_and_position():
     assert float(trace_noise(2**80, 2**40, 10_000).max()) <= 1
 
 
+def test_a_part_of_a_batch_draws_what_the_whole_draws():
+    net = tiny.model()
+    prompts = [[5, 6, 7], [8] * 40, [9, 10], [5, 6, 7]]
+    whole = Sampler(net).sample(prompts, 3, 20, seed=4)
+    part = Sampler(net).sample([prompts[3], prompts[1]], 3, 20, seed=4, places=[3, 1])
+    assert [r.token_ids for r in part] == [r.token_ids for r in whole[9:] + whole[3:6]]
+    tight = Sampler(net, max_rows=2).sample([prompts[3], prompts[1]], 3, 20, seed=4, places=[3, 1])
+    assert [r.token_ids for r in tight] == [r.token_ids for r in part]
+
+
 def test_end_tokens_and_empty_input():
     net = tiny.model()
     assert Sampler(net).sample([]) == []
