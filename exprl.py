@@ -5,6 +5,7 @@
     python exprl.py --model M --judge J --data problems.jsonl --eval-data held_out.jsonl --method process
     python exprl.py --model runs/NAME/model --preset paper-stage2       # Stage II, from a Stage-I model
     python exprl.py --resume runs/NAME                # goes on exactly where the newest checkpoint stands
+    torchrun --nproc_per_node=8 exprl.py --model M ...                  # eight GPUs: section "Processes"
 
     problems -> prompt ids -> rollouts -> grades -> token advantages -> loss -> update
 
@@ -19,7 +20,7 @@ Departures from the paper's released code, one a line:
 - a trace is cut off if it has no end token, not if it has a certain length
 - Process: a heading opens its own step; EndNorm and GroupNorm as in the paper's equations, not as coded
 - SFT keeps the system prompt; self-distillation takes the sampler's log-probs, so the student needs one pass
-Left out here: several GPUs.
+Left out: asynchronous sampling, tensor parallelism.
 """
 
 import argparse
@@ -35,21 +36,28 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import traceback
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Problem, is_correct
 from judge import READOUTS, Judge, Verdict, with_reference
 from kernels import policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
-from sample import LM, Rollout, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit
-from sample import resolve_model, too_long, write_atomically
+from sample import LM, Rollout, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit
+from sample import resolve_model, summary, too_long, traces_of, write_atomically
 
 MINIATURE = Path(__file__).parent / "data" / "miniature"
 
@@ -102,7 +110,8 @@ class Settings:
     show_every: int = 10  # print a sampled trace with its grade every so many steps; 0 = never
     seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
     out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes the GPU of its number
+    judge_device: str = ""  # of the judge: a device, or +4 for the GPU four after this process's own
     dtype: str = "auto"  # of sampling and forward passes: auto, float32, bfloat16; master weights are float32
     skip_bad_rows: bool = False  # count and drop bad rows of the data instead of stopping
 
@@ -169,18 +178,27 @@ def batch_for(problems: list[Problem], settings: Settings, step: int) -> list[Pr
 def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, list[dict]]:
     """Sample, grade, turn grades into token advantages, update. Returns metrics and trace records."""
     clock = Clock(state, "sampling")
-    questions = batch_for(state.train, settings, step)
-    prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
-    if settings.method == "sft":
-        traces = references(state, settings, questions, prompts)
-    else:
-        rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens,  # problem-major
-                                        settings.temperature, seed=settings.seed << 32 | step)
-        traces = Traces.of(state.policy, [p for p in questions for _ in range(settings.group)], rollouts)
-    clock.lap("judging")
+    places = share(settings.questions, settings.updates)  # all of them, unless there are several processes
     judged = state.judge.tokens if state.judge else 0
-    batch = METHODS[settings.method](state, settings, traces)
-    records = trace_records(step, traces, batch)
+    with together(state):
+        problems = batch_for(state.train, settings, step)
+        questions = [problems[place] for place in places]
+        prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
+        if settings.method == "sft":
+            traces = references(state, settings, questions, prompts)
+        else:
+            rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens,  # problem-major
+                                            settings.temperature, seed=settings.seed << 32 | step,
+                                            places=places)
+            traces = Traces.of(state.policy, [p for p in questions for _ in range(settings.group)], rollouts)
+    tokens = total(sum(len(r.token_ids) for r in traces.rollouts))
+    traces = replace(traces, mean_length=tokens / total(len(traces.rollouts)))
+    clock.lap("judging")
+    with together(state):
+        batch = METHODS[settings.method](state, settings, traces)
+        records = trace_records(step, traces, batch)
+    records = in_order(places, records)
+    judged = state.judge and total(state.judge.tokens - judged)
     unread = mean([None in r["grades"] for r in records])
     if unread > settings.max_unread:
         raise Stop(f"step {step}: {unread:.0%} of the grades could not be read, more than --max-unread "
@@ -193,7 +211,6 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     for r in records:
         state.seen[r["problem"]] = state.seen.get(r["problem"], False) or r["correct"]
     sampled = settings.method != "sft"
-    tokens = sum(r["tokens"] for r in records)
     return {
         "step": step,
         **trace_metrics(settings, records),
@@ -201,10 +218,10 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
         **update_metrics,
         "lr": lr,
         "sample_tok_s": tokens / clock.laps["sampling"] if sampled else None,
-        "judge_tok_s": (state.judge.tokens - judged) / clock.laps["judging"] if state.judge else None,
+        "judge_tok_s": judged / clock.laps["judging"] if state.judge else None,
         "train_tok_s": tokens / clock.laps["training"],
         "seconds": clock.total(),
-        "peak_gb": peak_gb(state.device),
+        "peak_gb": max(gather(peak_gb(state.device))),
     }, records if sampled else []
 
 
@@ -240,6 +257,7 @@ class Traces:
     rollouts: list[Rollout]
     texts: list[str]
     correct: list[bool]
+    mean_length: float = math.nan  # tokens, over the whole step's traces: a process may hold a part of them
 
     @classmethod
     def of(cls, policy: LM, problems, rollouts) -> "Traces":
@@ -348,7 +366,7 @@ def distill(state: "State", settings: Settings, traces: Traces) -> Batch:
     gap[batch.mask] = (all_logprobs(state.reference, settings, teacher)[teacher.mask]
                        - batch.sampled_logp[batch.mask])
     lengths = batch.mask.sum(1, keepdim=True)
-    weights = batch.mask * (lengths.float().mean() / lengths.clamp(min=1))
+    weights = batch.mask * (traces.mean_length / lengths.clamp(min=1))
     full = settings.distill_kl == "full"
     return replace(batch, advantages=weights if full else gap * weights, teacher=teacher if full else None,
                    notes={"teacher_kl": -gap.sum(1) / lengths[:, 0].clamp(min=1)})
@@ -476,6 +494,18 @@ def mean_by_position(grades: list[list[float | None]]) -> list[float | None]:
 # Loss and update
 
 
+class Pass(torch.nn.Module):
+    """The policy as one module from ids to loss: FSDP holds embedding and head gathered from end to end."""
+
+    def __init__(self, lm: torch.nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, ids, mask, head) -> HeadLoss:
+        hidden, tokens = predictors(self.lm, ids, mask)
+        return head(hidden, self.lm.get_output_embeddings().weight, tokens)
+
+
 def predictors(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor):
     """The tokens at `mask` (N,T) and the states they were predicted from -> hidden (M,d), tokens (M,), flat
     in row order.
@@ -526,40 +556,47 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     norms = []
     # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
     # 1 and needs no pass; the later ones need theirs before the weights move.
-    old = [None] + [all_logprobs(state.policy.model, settings, batch, share, state.amp())
-                    for share in shares[1:]]
+    sampled_with = state.policy.model if ranks() == 1 else state.sampling
+    old = [None] + [all_logprobs(sampled_with, settings, batch, share, state.amp()) for share in shares[1:]]
     for share, old_logp in zip(shares, old):
         share = [row for row in share if batch.read[row]]
         # Divide by the update's sampled tokens, not a micro-batch's: the split must not change the gradient.
-        denominator = max(int(batch.mask[share].sum()), 1) if share else 1
+        # FSDP takes the mean over processes, where the sum is meant.
+        denominator = max(total(int(batch.mask[share].sum()) if share else 0), 1) / ranks()
         # without a KL or an entropy bonus, a row without advantage has no gradient
         always = settings.kl > 0 or settings.entropy_bonus > 0
         moving = [row for row in share if always or batch.advantages[row].any()]
-        for ids, mask, take, rows in cut(batch, moving, settings):
+        parts = list(cut(batch, moving, settings))
+        shortest = min(range(len(batch.lengths)), key=batch.lengths.__getitem__)
+        for i in range(max(gather(len(parts)))):
+            # Each process runs as many passes as the busiest: those beyond its own count nothing.
+            own = i < len(parts)
+            ids, mask, take, rows = parts[i] if own else next(cut(batch, [shortest], settings))
             before = None if old_logp is None else take(old_logp)
-            ref_logp = None
-            if settings.kl > 0:
-                with torch.no_grad():
-                    ref_logp, _ = logprobs(state.reference, ids, mask, temperature)
+            if batch.teacher:
+                head = partial(distillation_head, state, settings, batch, rows, denominator)
+            else:
+                ref_logp = None
+                if settings.kl > 0:
+                    with torch.no_grad():
+                        ref_logp, _ = logprobs(state.reference, ids, mask, temperature)
+                head = partial(policy_head, advantages=take(batch.advantages), old_logp=before,
+                               ref_logp=ref_logp, temperature=temperature, denominator=denominator,
+                               clip_low=settings.clip_low, clip_high=settings.clip_high,
+                               dual_clip=settings.dual_clip, kl=settings.kl,
+                               entropy_weight=settings.entropy_bonus)
             with state.amp():
-                hidden, tokens = predictors(state.policy.model, ids, mask)
-                weight = state.policy.model.get_output_embeddings().weight
-                if batch.teacher:
-                    head = distillation_head(state, settings, batch, rows, hidden, weight, tokens,
-                                             denominator)
-                else:
-                    head = policy_head(hidden, weight, tokens, take(batch.advantages), before, ref_logp,
-                                       temperature=temperature, denominator=denominator,
-                                       clip_low=settings.clip_low, clip_high=settings.clip_high,
-                                       dual_clip=settings.dual_clip, kl=settings.kl,
-                                       entropy_weight=settings.entropy_bonus)
-            head.loss.backward()
-            gap = ((head.logp if before is None else before) - take(batch.sampled_logp)).exp() - 1
-            sums = dict(tokens=mask.sum(), entropy=head.entropy.sum(), kl=head.kl.sum(),
-                        ratio_gap=gap.abs().sum(), clip_share=head.clipped.sum(), nll=-head.logp.sum())
+                out = state.trainee(ids, mask, head)
+            (out.loss * own).backward()
+            if not own:
+                continue
+            gap = ((out.logp if before is None else before) - take(batch.sampled_logp)).exp() - 1
+            sums = dict(tokens=mask.sum(), entropy=out.entropy.sum(), kl=out.kl.sum(),
+                        ratio_gap=gap.abs().sum(), clip_share=out.clipped.sum(), nll=-out.logp.sum())
             for name, value in sums.items():
                 totals[name] += float(value)
         norms.append(optimizer_step(state, settings, lr))
+    totals = {name: sum(values) for name, values in zip(totals, zip(*gather(list(totals.values()))))}
     tokens = totals.pop("tokens")  # of the rows that had a gradient; without any there is nothing to report
     finite = [norm for norm in norms if math.isfinite(norm)]
     metrics = {name: total / tokens if tokens else None for name, total in totals.items()} | {
@@ -570,7 +607,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     return metrics
 
 
-def distillation_head(state, settings, batch: Batch, rows, hidden, weight, tokens, denominator) -> HeadLoss:
+def distillation_head(state, settings, batch: Batch, rows, denominator, hidden, weight, tokens) -> HeadLoss:
     """policy_head's place under --distill-kl full: reverse KL to the teacher over the vocabulary."""
     teacher, temperature = batch.teacher, settings.temperature
     with torch.no_grad():
@@ -612,7 +649,8 @@ def learning_rate(settings: Settings, step: int) -> float:
 def optimizer_step(state, settings, lr: float) -> float:
     """Clip, step, and copy the masters into the sampling weights. A non-finite gradient skips the step."""
     state.interrupts.defer()  # from here to the log line of this step nothing may come between
-    norm = float(torch.nn.utils.clip_grad_norm_(state.policy.model.parameters(), settings.grad_clip))
+    norm = torch.nn.utils.clip_grad_norm_(state.policy.model.parameters(), settings.grad_clip)
+    norm = float(whole(norm))
     if math.isfinite(norm):
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.step()
@@ -628,17 +666,18 @@ def optimizer_step(state, settings, lr: float) -> float:
 
 @dataclass
 class State:
-    policy: LM  # float32 master weights
-    sampling: torch.nn.Module  # what samples: a persistent low-precision copy, or the masters themselves
+    policy: LM  # float32 master weights; with several processes split over them
+    trainee: Pass  # their pass from ids to loss
+    sampling: torch.nn.Module  # what samples: a persistent copy in the run's dtype, or the masters themselves
     sampler: Sampler
     judge: Judge | None
     reference: torch.nn.Module | None  # the frozen start, for KL and teacher; the judge too if it is the same
-    optimizer: torch.optim.Optimizer
     train: list[Problem]
     shown: dict[str, Problem]  # by id, with the reference that the judge is to see
     held_out: list[Problem]
     device: str
     dtype: torch.dtype
+    optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # completed steps
     seen: dict = field(default_factory=dict)  # problem id -> solved by any trace so far
     bad_updates: int = 0  # skipped in a row
@@ -646,8 +685,8 @@ class State:
     interrupts: "Interrupts" = field(default_factory=lambda: Interrupts())
 
     def amp(self):
-        """Forward passes run in the sampling dtype over float32 masters."""
-        if self.dtype == torch.float32:
+        """Forward passes run in the sampling dtype over float32 masters; FSDP gathers them in it."""
+        if self.dtype == torch.float32 or ranks() > 1:
             return nullcontext()
         return torch.autocast(self.device.split(":")[0], dtype=self.dtype)
 
@@ -655,14 +694,23 @@ class State:
     def refresh_sampling_weights(self) -> None:
         if self.sampling is not self.policy.model:
             for low, master in zip(self.sampling.parameters(), self.policy.model.parameters()):
-                low.copy_(master)  # in place: the storage never moves
+                low.copy_(whole(master.to(low.dtype)))  # in place: the storage never moves
 
 
 def build_state(settings: Settings, weights: str | None = None) -> State:
-    """Check the data, then load the models: bad input must not cost a model's loading time.
+    """weights: the checkpoint folder a resumed policy comes from; judge and reference stay the start's."""
+    with together():
+        state = load_state(settings, weights)
+    if ranks() > 1:
+        split(state)
+    state.optimizer = torch.optim.AdamW(state.policy.model.parameters(), lr=settings.lr,
+                                        weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True)
+    return state
 
-    weights: the checkpoint folder a resumed policy comes from; judge and reference stay the start's."""
-    device = pick_device(settings.device)
+
+def load_state(settings: Settings, weights: str | None) -> State:
+    """Check the data, then load the models: bad input must not cost a model's loading time."""
+    device = own_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     bad_rows = dict(skip_bad_rows=settings.skip_bad_rows)
     sees_solution = settings.method != "grpo" and settings.reference != "none"
@@ -670,7 +718,8 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
     held_out = []
     if settings.eval_data:
         held_out = problems_or_exit(settings.eval_data, "test", **bad_rows)[: settings.eval_limit]
-    policy = load_lm(weights or settings.model, device, torch.float32)
+    # with several processes the masters move to their devices in parts, in split()
+    policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     train = fit(policy, train, settings, "training")
     held_out = fit(policy, held_out, settings, "held-out") if held_out else []
     if not train:
@@ -681,25 +730,25 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
         # transformers checkpoints only in training mode; these families have no dropout by default
         policy.model.train()
     sampling = policy.model
-    if dtype != torch.float32:
-        sampling = copy.deepcopy(policy.model).to(dtype).requires_grad_(False).eval()
+    if dtype != torch.float32 or ranks() > 1:
+        sampling = copy.deepcopy(policy.model).to(device, dtype).requires_grad_(False).eval()
     judge, reference = None, None
     judged = settings.method in JUDGED
-    own_judge = judged and resolve_model(settings.judge) != resolve_model(settings.model)
+    own_judge = judged and (settings.judge_device != ""
+                            or resolve_model(settings.judge) != resolve_model(settings.model))
     if settings.kl > 0 or settings.method == "distill" or (judged and not own_judge):
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
     if judged:
-        lm = load_lm(settings.judge, device, dtype) if own_judge else reference
+        judge_device = own_device(settings.judge_device) if settings.judge_device else device
+        lm = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
         lm.model.requires_grad_(False)
         judge = Judge(lm.model, lm.tokenizer, lm.prompts, settings.readout or None,
                       max_rows=settings.max_rows)
         judge.check_view(settings.step_view if settings.method == "process" else "outcome")
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr,
-                                  weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True)
-    return State(policy, sampling, Sampler(sampling, settings.max_rows), judge,
-                 reference and reference.model, optimizer, train, shown, held_out, device, dtype)
+    return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows), judge,
+                 reference and reference.model, train, shown, held_out, device, dtype)
 
 
 def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
@@ -714,27 +763,44 @@ def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> l
 def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     """checkpoints/step_N: a Hugging Face folder with float32 weights plus the trainer's state.
 
-    Written beside its final name, flushed, then renamed: a kill at any time leaves the older ones usable."""
+    Each process gathers and writes its part of the tensors, whole ones, so that any number of processes can
+    go on from them. Written beside its final name, flushed, then renamed: a kill at any time leaves the older
+    ones usable."""
     target = run / "checkpoints" / f"step_{state.step}"
     if target.exists():
         return
     state.phase = "saving"
     state.interrupts.defer()  # a signal waits for the save it asks for
     tmp = target.with_name(target.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    state.policy.save(tmp)
-    names = [name for name, _ in state.policy.model.named_parameters()]
-    tensors = {f"{names[i]}:{key}": value.contiguous()
-               for i, moments in state.optimizer.state_dict()["state"].items()
-               for key, value in moments.items()}
-    save_file(tensors, tmp / "optimizer.safetensors")
-    (tmp / "trainer.json").write_text(json.dumps(
-        {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
-    publish(tmp, target)
-    for old in complete_checkpoints(run)[: -settings.keep]:
-        shutil.rmtree(old)
-    state.interrupts.allow()
+    weights, moments, files = {}, {}, {}
+    for i, (name, parameter) in enumerate(state.policy.model.named_parameters()):
+        own, part = i % ranks() == rank(), f"-{i % ranks() + 1:05d}-of-{ranks():05d}" if ranks() > 1 else ""
+        files[name] = f"model{part}.safetensors"
+        for key, value in {"": parameter, **state.optimizer.state[parameter]}.items():
+            value = whole(value).detach()  # all take part in gathering it, one keeps it
+            if own:
+                (moments if key else weights)[f"{name}:{key}" if key else name] = value.contiguous()
+    with together():
+        if rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+    with together():
+        file = f"model-{rank() + 1:05d}-of-{ranks():05d}.safetensors" if ranks() > 1 else "model.safetensors"
+        save_file(weights, tmp / file, {"format": "pt"})
+        save_file(moments, tmp / file.replace("model", "optimizer"))
+        if rank() == 0:
+            state.policy.save_config(tmp)
+            if ranks() > 1:
+                index = {"metadata": {}, "weight_map": files}
+                (tmp / "model.safetensors.index.json").write_text(json.dumps(index))
+            (tmp / "trainer.json").write_text(json.dumps(
+                {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
+    with together():
+        if rank() == 0:
+            publish(tmp, target)
+            for old in complete_checkpoints(run)[: -settings.keep]:
+                shutil.rmtree(old)
+    state.interrupts.settle()
 
 
 def publish(tmp: Path, target: Path) -> None:
@@ -759,24 +825,30 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def restore(state: State, checkpoint: Path) -> None:
-    tensors = load_file(checkpoint / "optimizer.safetensors", device="cpu")
-    names = [name for name, _ in state.policy.model.named_parameters()]
-    moments: dict[int, dict] = {}
-    for key, value in tensors.items():
-        name, moment = key.rsplit(":", 1)
-        moments.setdefault(names.index(name), {})[moment] = value
-    state.optimizer.load_state_dict(
-        {"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
-    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    """The optimizer's and the trainer's state; build_state has loaded the weights."""
+    parameters = dict(state.policy.model.named_parameters())
+    with together():
+        for path in sorted(checkpoint.glob("optimizer*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    name, moment = key.rsplit(":", 1)
+                    parameter, value = parameters[name], file.get_tensor(key).to(state.device)
+                    if isinstance(parameter, DTensor) and value.dim():
+                        value = distribute_tensor(value, parameter.device_mesh, parameter.placements,
+                                                  src_data_rank=None)  # each process cuts out its own part
+                    state.optimizer.state[parameter][moment] = value
+        trainer = json.loads((checkpoint / "trainer.json").read_text())
     state.step, state.seen, state.bad_updates = trainer["step"], trainer["seen"], trainer["bad_updates"]
 
 
 def save_model(state: State, run: Path) -> None:
     """model/: the weights in the run's dtype, for transformers, vLLM, sample.py and Stage II."""
+    if rank():
+        return
     tmp, target = run / "model.tmp", run / "model"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
-    state.policy.save(tmp, state.dtype)
+    replace(state.policy, model=state.sampling).save(tmp)  # the masters, rounded to the dtype
     old = run / "model.old"
     if target.exists():
         target.rename(old)
@@ -803,6 +875,117 @@ def keep_until(path: Path, step: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Processes: one per GPU, started by torchrun
+#
+# Each samples and judges its share of a step's problems alone, with its own full copy of the weights; updates
+# are joint (FSDP2); process 0 writes the run. Between joint calls all meet in `together`.
+
+
+def join() -> None:
+    """Under torchrun, meet the other processes: NCCL moves tensors of GPUs, gloo all else."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # One may wait for the other's longest traces; a process that dies is noticed at once, by torchrun and gloo.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            timeout=timedelta(hours=6))
+    if rank():  # one voice; only what nobody expected is shown by the process it happened to
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value) -> list:
+    """The values of all processes, by rank."""
+    if ranks() == 1:
+        return [value]
+    values = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(number: float) -> float:
+    return sum(gather(number))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is split over the processes, gathered from them; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def together(state: "State | None" = None):
+    """Around what a process does alone: afterwards all learn whether one of them failed or, given a state, was
+    told to stop, and all raise Stop. So none waits for others that do not come."""
+    if ranks() == 1:
+        yield
+        return
+    said = None
+    try:
+        if state:
+            state.interrupts.allow()
+        yield
+    except (Exception, SystemExit) as error:
+        said = str(error) if isinstance(error, (Stop, SystemExit)) else explain(error, state)
+    if state:
+        state.interrupts.defer()
+    said = [message for message in gather(said) if message is not None]
+    if said:
+        raise Stop(said[0])
+
+
+def explain(error: BaseException, state: "State | None") -> str:
+    phase = state.phase if state else "loading"
+    if out_of_memory(error):
+        return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
+                f"({str(error).splitlines()[0]})")
+    return f"process {rank()} failed while {phase}:\n{''.join(traceback.format_exception(error))}"
+
+
+def share(count: int, updates: int = 1) -> list[int]:
+    """Which of `count` problems this process takes: of each update's, one part."""
+    parts = np.array_split(np.arange(count), updates)
+    return np.concatenate([np.array_split(part, ranks())[rank()] for part in parts]).tolist()
+
+
+def in_order(places: list[int], items: list) -> list:
+    """All processes' items, as one process would have them. Each has as many for each of its places."""
+    groups = {}
+    for at, own in gather((places, items)):
+        size = len(own) // max(len(at), 1)
+        groups |= {place: own[i * size : (i + 1) * size] for i, place in enumerate(at)}
+    return [item for place in sorted(groups) for item in groups[place]]
+
+
+def own_device(device: str) -> str:
+    """--device, or --judge-device, for this process."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.startswith("+"):
+        return f"cuda:{local + int(device)}"
+    device = pick_device(device)
+    return f"cuda:{local}" if device == "cuda" and ranks() > 1 else device
+
+
+def split(state: "State") -> None:
+    """FSDP2: weights, gradients and moments are split over the processes and gathered layer by layer.
+    https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html"""
+    mesh = dist.init_device_mesh(state.device.split(":")[0], (ranks(),))
+    low = None if state.dtype == torch.float32 else state.dtype
+    precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for layer in state.policy.model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(state.trainee, mesh=mesh, mp_policy=precision)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -811,7 +994,7 @@ class Interrupts:
     and once the step is logged while they move."""
 
     def __init__(self):
-        self.deferred, self.waiting = False, None
+        self.deferred, self.waiting = ranks() > 1, None  # several processes stop in `together` only
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -829,6 +1012,11 @@ class Interrupts:
     def defer(self):
         self.deferred = True
 
+    def settle(self):
+        """The weights stand still again."""
+        if ranks() == 1:
+            self.allow()
+
     def allow(self):
         self.deferred = False
         if self.waiting:
@@ -839,8 +1027,9 @@ class Interrupts:
 def run_training(state: State, settings: Settings, run: Path) -> None:
     """Steps until settings.steps, each logged before the next begins, with evaluations and checkpoints."""
     metrics_file, rollouts_file = run / "metrics.jsonl", run / "rollouts.jsonl"
-    for path in (metrics_file, rollouts_file):
-        keep_until(path, state.step)
+    with together():
+        for path in (metrics_file, rollouts_file) if rank() == 0 else ():
+            keep_until(path, state.step)
     evaluated = {m["step"] for m in read_jsonl(metrics_file) if "accuracy" not in m}
     with Interrupts() as state.interrupts, tqdm(total=settings.steps, initial=state.step, unit="step",
                                                 disable=None) as bar:
@@ -858,7 +1047,7 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 append(rollouts_file, records)
                 append(metrics_file, [metrics])
                 state.step += 1
-                state.interrupts.allow()
+                state.interrupts.settle()
                 report(bar, metrics, records, settings)
                 if state.bad_updates >= 3:
                     raise Stop("the gradient was not finite in three updates in a row, which were skipped: "
@@ -867,7 +1056,8 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
         except BaseException as error:
             if isinstance(error, Stop) and error.records:
                 append(rollouts_file, error.records)
-            if state.step and not state.interrupts.deferred:  # the weights are the last completed step's
+            # Are the weights those of the last completed step? All processes raise a Stop, and only that.
+            if state.step and (not state.interrupts.deferred if ranks() == 1 else isinstance(error, Stop)):
                 save_checkpoint(state, run, settings)
             raise
 
@@ -877,15 +1067,18 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     state.phase = "evaluating"
     # Always the same noise: before and after differ by the weights alone.
     lm = replace(state.policy, model=state.sampling)
-    total = len(state.held_out) * settings.eval_n
-    with tqdm(total=total, unit="trace", leave=False, disable=None,
-              desc=f"evaluating, step {state.step}") as inner:
-        metrics, records = evaluate(lm, state.held_out, settings.eval_n, settings.eval_k,
-                                    settings.max_new_tokens, settings.temperature, settings.seed << 32,
-                                    settings.max_rows, inner.update)
-    (run / "evaluations").mkdir(exist_ok=True)
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", lines)
+    places, start = share(len(state.held_out)), time.perf_counter()
+    with together(state), tqdm(total=len(places) * settings.eval_n, unit="trace", leave=False, disable=None,
+                               desc=f"evaluating, step {state.step}") as inner:
+        records = traces_of(lm, [state.held_out[place] for place in places], settings.eval_n,
+                            settings.max_new_tokens, settings.temperature, settings.seed << 32,
+                            settings.max_rows, inner.update, places=places)
+    records = in_order(places, records)
+    metrics = summary(records, settings.eval_n, settings.eval_k, time.perf_counter() - start)
+    if rank() == 0:
+        (run / "evaluations").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", lines)
     append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
     bar.write(f"step {state.step}: held out, " + ", ".join(
         f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
@@ -962,6 +1155,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def append(path: Path, records: list[dict]) -> None:
+    if rank():
+        return
     with open(path, "a") as file:
         file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
@@ -1045,8 +1240,13 @@ def complaint(s: Settings) -> str:
         return "--group must be at least 2: a trace is compared with the others of its problem"
     if s.updates > 1 and s.method in ("sft", "distill"):
         return f"--method {s.method} has no ratio to clip: --updates must be 1"
-    if s.updates > s.questions:
-        return "--updates cannot exceed --questions: each update needs a problem of its own"
+    if s.updates * ranks() > s.questions:
+        return ("--questions must be at least --updates x processes: each process needs a problem of its own "
+                "in each update")
+    if ranks() > 1 and s.device not in ("auto", "cpu", "cuda"):
+        return "under torchrun each process takes the GPU of its number: leave --device out"
+    if s.judge_device.startswith("+") and not s.judge_device[1:].isdigit():
+        return "--judge-device +N needs a number: the judge's GPU is the Nth after the process's own"
     if max(s.eval_k) > s.eval_n or min(s.eval_k) < 1:
         return f"--eval-k must lie between 1 and --eval-n {s.eval_n}"
     if (not s.lr > 0 or s.kl < 0 or not 0 <= s.clip_low <= 1 or s.clip_high < 0 or s.dual_clip <= 1
@@ -1059,9 +1259,10 @@ def complaint(s: Settings) -> str:
 def start_run(settings: Settings) -> tuple[Path, State]:
     """Build everything that can fail first, then the run's folder: a bad start leaves no folder behind."""
     name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}"
-    run = Path(settings.out or Path("runs") / name)
-    if run.exists() and any(run.iterdir()):
-        raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
+    run = Path(gather(settings.out or Path("runs") / name)[0])  # the clocks of processes differ
+    with together():
+        if rank() == 0 and run.exists() and any(run.iterdir()):
+            raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
     state = build_state(settings)
     run.mkdir(parents=True, exist_ok=True)
     return run, state
@@ -1103,29 +1304,34 @@ REMEDIES = {
 
 
 def main(argv=None) -> None:
+    join()
     settings, resume = parse(argv)
     torch.manual_seed(settings.seed)  # nothing below draws from it; a fork that does stays reproducible
-    run, state = (resume, resume_run(resume, settings)) if resume else start_run(settings)
+    try:
+        run, state = (resume, resume_run(resume, settings)) if resume else start_run(settings)
+    except Stop as stop:
+        raise SystemExit(str(stop) if rank() == 0 else 1) from stop
     config = {"settings": dataclasses.asdict(settings), "train_fingerprint": fingerprint(state.train),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
-    write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
+    if rank() == 0:
+        write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
     size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
     judge = ("no judge (exact match)" if state.judge is None
              else f"judge {settings.judge} ({state.judge.readout})")
     print(f"ExpRL {settings.method}: {settings.model} ({size:.1f}M parameters), {judge}, "
           f"{len(state.train)} problems, {settings.questions} x {settings.group} traces a step, "
-          f"{state.device} {str(state.dtype)[6:]}; run {run}")
+          + (f"{ranks()} processes, " if ranks() > 1 else "")
+          + f"{state.device} {str(state.dtype)[6:]}; run {run}")
+    go_on = f"to go on: {'torchrun ... ' if ranks() > 1 else 'python '}exprl.py --resume {run}"
     try:
         run_training(state, settings, run)
     except Stop as stop:
-        print(f"\n{stop}; to go on: python exprl.py --resume {run}", file=sys.stderr)
+        print(f"\n{stop}; {go_on}", file=sys.stderr)
         raise SystemExit(0 if str(stop).startswith("stopped by") else 1) from stop
     except Exception as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error) and ranks() == 1:
             raise
-        raise SystemExit(f"out of memory while {state.phase}: "
-                         f"{REMEDIES.get(state.phase, 'take a smaller model')}; "
-                         f"then: python exprl.py --resume {run}\n({str(error).splitlines()[0]})") from error
+        raise SystemExit(f"{explain(error, state)}\n{go_on}") from error
     print(closing_table(run, settings))
     print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
     if settings.model == PRESETS["miniature"][""]["model"]:
@@ -1134,6 +1340,8 @@ def main(argv=None) -> None:
               "python exprl.py --model Qwen2.5-0.5B-Instruct")
     else:
         print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16")
+    if ranks() > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -104,16 +104,15 @@ class LM:
     def text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def save(self, folder: Path, dtype=None) -> None:
+    def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that AutoModelForCausalLM, vLLM and this project load."""
-        state = {name: t.to(dtype) if dtype and t.is_floating_point() else t
-                 for name, t in self.model.state_dict().items()}
-        before = self.model.config.dtype
-        self.model.config.dtype = dtype or before
-        try:
-            self.model.save_pretrained(folder, state_dict=state)
-        finally:
-            self.model.config.dtype = before
+        self.save_config(folder)
+        self.model.save_pretrained(folder)
+
+    def save_config(self, folder: Path) -> None:
+        """All of it but the weights."""
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.prompts:
             (Path(folder) / "prompts.json").write_text(json.dumps(self.prompts, indent=1) + "\n")

@@ -246,17 +246,13 @@ def distilled(world, *more):
     state, settings = build(world, "--method", "distill", "--kl", 0, *more)
     prompts = [state.policy.chat(p.question) for p in state.train[:2]]
     rollouts = state.sampler.sample(prompts, 4, 12, 1.0, seed=5)
-    return (
-        state,
-        settings,
-        exprl.Traces.of(state.policy, [p for p in state.train[:2] for _ in range(4)], rollouts),
-    )
+    traces = exprl.Traces.of(state.policy, [p for p in state.train[:2] for _ in range(4)], rollouts)
+    return state, settings, dataclasses.replace(traces, mean_length=sum(len(r.token_ids) for r in rollouts) / 8)
 
 
 def test_the_teacher_is_the_start_that_sees_the_reference(world):
     state, settings, traces = distilled(world)
     batch = exprl.distill(state, settings, traces)
-    mean_length = sum(len(r.token_ids) for r in traces.rollouts) / 8
     for i, (r, p) in enumerate(zip(traces.rollouts, traces.problems)):
         hinted = exprl.hinted_prompt(state.policy, p)
         assert p.solution in state.policy.tokenizer.decode(hinted) and p.solution not in (
@@ -265,7 +261,7 @@ def test_the_teacher_is_the_start_that_sees_the_reference(world):
         with torch.no_grad():
             logp = state.reference(torch.tensor([hinted + list(r.token_ids)])).logits[0].log_softmax(-1)
         logp = logp[len(hinted) - 1 : -1][torch.arange(len(r.token_ids)), list(r.token_ids)]
-        expected = (logp - torch.tensor(r.logprobs)) * mean_length / len(r.token_ids)
+        expected = (logp - torch.tensor(r.logprobs)) * traces.mean_length / len(r.token_ids)
         assert torch.allclose(batch.advantages[i][batch.mask[i]], expected, atol=1e-4)
         gap = float((torch.tensor(r.logprobs) - logp).mean())
         assert float(batch.notes["teacher_kl"][i]) == pytest.approx(gap, abs=1e-4)
