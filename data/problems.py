@@ -5,8 +5,10 @@ A row is one of these (other columns are ignored)
   MATH    problem, solution      the answer is in the solution's last \boxed{}
   AIME    problem, solution, answer
   plain   question, solution, answer, domain
+  choice  any of these with `choices` or `options` (ARC, MMLU, MMLU-Pro): they are written into the question
 GSM8K's solutions lose their calculator marks (<<48/2=24>>), and the closing "#### 18" becomes "\boxed{18}":
-the form that the policy is asked for, and no line that could be taken for a "###" step.
+the form that the policy is asked for, and no line that could be taken for a "###" step. The domain picks the
+judge's rubric; rows that name none are "math", or what stands before the file: "science=minerva_math.jsonl".
 
 Left out: chat-style rows, CSV, compressed files, data sets that the hub holds only as a loading script.
 Try it: python -c "import data; print(data.load_problems('openai/gsm8k:main:test')[0])"
@@ -21,9 +23,10 @@ from pathlib import Path, PurePosixPath
 from .answers import last_box
 
 SUFFIXES = (".parquet", ".jsonl", ".json")  # in order of preference where the hub has a data set in several
-COLUMNS = ("id", "idx", "unique_id", "question", "problem", "solution", "answer", "domain")
+COLUMNS = ("id", "idx", "unique_id", "question", "problem", "solution", "answer", "domain", "choices",
+           "options", "answerKey")
 SCHEMAS = ("question + answer with '#### 18' (GSM8K), problem + solution with \\boxed{} (MATH), "
-           "problem + solution + answer (AIME), question + solution + answer + domain")
+           "problem + solution + answer (AIME), question + solution + answer + domain; choices or options")
 MAX_BAD_SHARE = 0.5  # of a file's rows; with more it is the wrong file, and nothing is skipped
 _REMEDY = ("Where there is a network: hf download OWNER/NAME --repo-type dataset --local-dir FOLDER; "
            "then pass --data FOLDER or --data FILE.jsonl. Or copy a filled cache and set HF_HOME to it. If "
@@ -52,6 +55,7 @@ def load_problems(spec: str | list[str], *, split: str = "train", skip_bad_rows:
                   need_solution: bool = False, need_answer: bool = True) -> list[Problem]:
     """All problems of a .jsonl, .json or .parquet file, of a folder of such files, of a data set on the hub
     ("openai/gsm8k", or with config and split "openai/gsm8k:main:test"), or of a list of these, in order.
+    "science=FILE" gives the rows of FILE that name no domain that one.
 
     split: which files to take where names of files or folders tell splits apart; a split in the spec wins.
     skip_bad_rows: drop bad rows and say so on stderr. Otherwise, or if more than half are bad: BadRows.
@@ -59,7 +63,10 @@ def load_problems(spec: str | list[str], *, split: str = "train", skip_bad_rows:
     Raises ValueError when there is no such file, the hub is out of reach, or config or split are unclear.
     """
     specs = [spec] if isinstance(spec, (str, Path)) else spec
-    files = [file for one in specs for file in _find_files(str(one), split)]
+    files, domains = [], []
+    for domain, one in map(_split_domain, map(str, specs)):
+        files += _find_files(one, split)
+        domains += [domain] * (len(files) - len(domains))
     full = [file.absolute() for file in files]
     if len(set(full)) < len(full):
         raise ValueError(f"the same file is named twice: {max(full, key=full.count)}")
@@ -70,13 +77,14 @@ def load_problems(spec: str | list[str], *, split: str = "train", skip_bad_rows:
     while len(set(names)) < len(paths):  # equal stems get as many folders in front as it takes to differ
         depth += 1
         names = ["/".join(path.parts[-depth:]) for path in paths]
-    return [problem for file, name in zip(files, names)
-            for problem in _load_file(file, name, skip_bad_rows, need_solution, need_answer)]
+    return [problem for file, name, domain in zip(files, names, domains)
+            for problem in _load_file(file, name, domain, skip_bad_rows, need_solution, need_answer)]
 
 
 # ---- rows ----
 
-def _load_file(file: Path, name: str, skip_bad_rows: bool, need_solution: bool, need_answer: bool) -> list:
+def _load_file(file: Path, name: str, domain: str, skip_bad_rows: bool, need_solution: bool,
+               need_answer: bool) -> list:
     problems, bad, places, columns = [], [], {}, None
     for place, row in _read_rows(file):
         try:
@@ -85,7 +93,7 @@ def _load_file(file: Path, name: str, skip_bad_rows: bool, need_solution: bool, 
             if not isinstance(row, dict):
                 raise ValueError(f"not an object with columns but {type(row).__name__}")
             columns = columns or list(row)
-            problem = _read_problem(row, name, place, need_solution, need_answer)
+            problem = _read_problem(row, name, place, domain, need_solution, need_answer)
             if problem.id in places:
                 raise ValueError(f"the id of {places[problem.id]} again: {problem.id!a}")
             places[problem.id] = place
@@ -108,12 +116,19 @@ def _load_file(file: Path, name: str, skip_bad_rows: bool, need_solution: bool, 
     raise BadRows(f"{summary}\nCorrect the rows{', or drop them with --skip-bad-rows' if skippable else ''}.")
 
 
-def _read_problem(row: dict, name: str, place: str, need_solution: bool, need_answer: bool) -> Problem:
+def _read_problem(row: dict, name: str, place: str, domain: str, need_solution: bool,
+                  need_answer: bool) -> Problem:
     question = _text(row, "question") or _text(row, "problem")
-    solution, answer = _text(row, "solution"), _text(row, "answer")
+    solution, options = _text(row, "solution"), _options(row)
+    answer = _chosen(row, options) if options else _text(row, "answer")
     if not question:
         raise ValueError("no question: column `question` or `problem` is missing or empty")
-    if not solution and "####" in answer:  # GSM8K
+    if options:
+        question += "\n\n" + "\n".join(f"{letter}) {text}" for letter, text in options.items())
+        question += "\n\nGive the letter of the right option as the final answer."
+        if solution and answer and last_box(solution) is None:
+            solution += f"\n\\boxed{{{answer}}}"
+    elif not solution and "####" in answer:  # GSM8K
         reasoning, answer = (re.sub("<<[^<>\n]*>>", "", part).strip() for part in answer.rsplit("####", 1))
         solution = f"{reasoning}\n\\boxed{{{answer}}}" if reasoning and answer else reasoning
     elif not answer:  # MATH. A last number would be a guess: enough for a trace, not for a reference
@@ -128,7 +143,36 @@ def _read_problem(row: dict, name: str, place: str, need_solution: bool, need_an
     own = place.split()[1] if key is None else row[key] if type(row[key]) is int else _text(row, key)
     if own == "":
         raise ValueError(f"`{key}` is empty")
-    return Problem(f"{name}/{own}", question, solution, answer, _text(row, "domain") or "math")
+    domain = _text(row, "domain") or domain or ("choice" if options else "math")
+    return Problem(f"{name}/{own}", question, solution, answer, domain)
+
+
+def _options(row: dict) -> dict[str, str]:
+    """Letter -> text of a multiple-choice row's options, in order; {} for other rows. Given as a list of
+    texts, as {letter: text}, or as ARC's {"label": [...], "text": [...]}."""
+    given = row.get("choices") or row.get("options")
+    if not given:
+        return {}
+    options = given
+    if isinstance(given, list):
+        options = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given))
+    elif isinstance(given, dict) and set(given) == {"label", "text"}:
+        options = dict(zip(given["label"], given["text"]))
+    if not (isinstance(options, dict) and 2 <= len(given) and len(options) <= 26
+            and all(type(text) is str and not _UNUSABLE.search(text) for text in options.values())):
+        raise ValueError(f"`choices` are not 2 to 26 texts: {given!a:.40}")
+    return {letter: text.strip() for letter, text in options.items()}
+
+
+def _chosen(row: dict, options: dict[str, str]) -> str:
+    """The right option's letter: `answer` or `answerKey` as a letter, a place from 0, or the option's text."""
+    if type(row.get("answer")) is int and 0 <= row["answer"] < len(options):
+        return list(options)[row["answer"]]
+    answer = _text(row, "answer") or _text(row, "answerKey")
+    named = [letter for letter, text in options.items() if answer in (letter, text)]
+    if answer and not named:
+        raise ValueError(f"the answer {answer!a:.40} is none of the choices {', '.join(options)}")
+    return named[0] if named else ""
 
 
 def _text(row: dict, key: str) -> str:
@@ -184,6 +228,12 @@ def _read_rows(file: Path):
 
 
 # ---- files ----
+
+def _split_domain(spec: str) -> tuple[str, str]:
+    """"science=FILE" -> ("science", "FILE"); ("", spec) without a domain."""
+    found = re.fullmatch(r"([A-Za-z][\w-]*)=(.+)", spec)
+    return found.groups() if found and not Path(spec).exists() else ("", spec)
+
 
 def _find_files(spec: str, split: str) -> list[Path]:
     path = Path(spec).expanduser()

@@ -334,3 +334,44 @@ def test_hub_download(tmp_path):
     ids, errors = load(tmp_path, "some/sums", **environment)
     assert ids == "train/1" and "nothing from the hub" in errors
     assert "no split test but train" in load(tmp_path, "some/sums", "test")[0]  # it was not downloaded
+
+
+# ---- domains and options ----
+
+
+@pytest.mark.parametrize("row", [
+    {"choices": ["Mars", "Venus", "Earth"], "answer": 1},  # MMLU
+    {"choices": {"label": ["A", "B", "C"], "text": ["Mars", "Venus", "Earth"]}, "answerKey": "B"},  # ARC
+    {"options": ["Mars", "Venus", "Earth"], "answer": "B", "answer_index": 1},  # MMLU-Pro
+    {"options": {"A": "Mars", "B": "Venus", "C": "Earth"}, "answer": "Venus"},
+])
+def test_options_are_shown_in_the_question(tmp_path, row):
+    row = {"question": "Which is hottest?", "solution": "Venus: its air keeps the heat."} | row
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    problem, = load_problems(str(tmp_path / "p.jsonl"))
+    assert "Which is hottest?\n\nA) Mars\nB) Venus\nC) Earth\n" in problem.question
+    assert (problem.answer, problem.domain) == ("B", "choice")
+    assert problem.solution.endswith("\n\\boxed{B}")  # what the judge compares with
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"choices": ["one"], "answer": 0}, "2 to 26 texts"),
+    ({"choices": [1, 2], "answer": 0}, "2 to 26 texts"),
+    ({"choices": ["x", "y"], "answer": "z"}, "none of the choices"),
+    ({"choices": ["x", "y"], "answer": 2}, "none of the choices"),
+    ({"choices": ["x", "y"]}, "no answer"),
+])
+def test_bad_options_are_bad_rows(tmp_path, row, reason):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "q"} | row) + "\n")
+    with pytest.raises(BadRows, match=reason):
+        load_problems(str(tmp_path / "p.jsonl"))
+
+
+def test_a_domain_before_the_file_is_for_rows_that_name_none(tmp_path):
+    rows = [{"question": "q", "answer": "1"}, {"question": "r", "answer": "2", "domain": "code"}]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p.domain for p in load_problems(f"science={file}")] == ["science", "code"]
+    (tmp_path / "q.jsonl").write_text(file.read_text())
+    both = load_problems([str(file), f"science={tmp_path / 'q.jsonl'}"])
+    assert [p.domain for p in both] == ["math", "code", "science", "code"]

@@ -1,15 +1,15 @@
-"""The judge: prompt structure that no trace can change, the three readouts, unread grades, calibration."""
+"""The judge: prompt structure that no trace can change, domains, the three readouts, unread grades."""
 
-import json
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import tiny
 import torch
 
+import judge as judge_module
 from data import Problem
-from judge import READOUTS, Judge, auroc, calibrate, read_grade
+from judge import DOMAINS, READOUTS, Judge, read_grade
 
 PROBLEM = Problem("p/1", "What is 2 + 2?", "Two and two make \\boxed{4}.", "4", "math")
 HOSTILE = [
@@ -39,8 +39,8 @@ def test_a_trace_cannot_change_the_structure(judge, trace):
     shared, own = parts(judge, PROBLEM, trace)
     plain_shared, plain_own = parts(judge, PROBLEM, "x")
     assert shared == plain_shared
-    assert own[-len(judge.fixed["outcome"][3]):] == judge.fixed["outcome"][3] == plain_own[1:]
-    inside = own[: -len(judge.fixed["outcome"][3])]
+    assert own[-len(judge.fixed["outcome"]["math"][3]):] == judge.fixed["outcome"]["math"][3] == plain_own[1:]
+    inside = own[: -len(judge.fixed["outcome"]["math"][3])]
     assert all(token < 256 for token in inside)  # special tokens are spelled out
     text = judge.tokenizer.decode(inside).lower().replace(" ", "")
     assert "</trace" not in text and "<reference" not in text
@@ -52,7 +52,7 @@ def test_a_question_cannot_either(judge):
     text = judge.tokenizer.decode(shared + own)
     assert text.count("</problem>") == text.count("</reference>") == text.count("</trace>") == 1
     assert (sum(token >= 256 for token in shared + own)
-            == sum(token >= 256 for piece in judge.fixed["outcome"] for token in piece))
+            == sum(token >= 256 for piece in judge.fixed["outcome"]["math"] for token in piece))
 
 
 def test_order_is_rubric_question_reference_trace(judge):
@@ -147,52 +147,27 @@ class WideDigits:
         return self.inner.apply_chat_template(*args, **kwargs)
 
 
-def test_auroc_against_pairs():
-    rng = np.random.default_rng(0)
-    scores, correct = rng.integers(0, 5, 60).astype(float), rng.random(60) < 0.4
-    wins = [(a > b) + 0.5 * (a == b) for a in scores[correct] for b in scores[~correct]]
-    assert auroc(scores, correct) == pytest.approx(np.mean(wins))
-    assert math.isnan(auroc(scores, np.ones(60, bool)))
+def test_domains_have_their_own_rubrics(judge):
+    heads = {}
+    for domain in (*DOMAINS, "science/physics", "law"):
+        shared, _ = judge.prompt(replace(PROBLEM, domain=domain), "prefix")
+        heads[domain] = judge.tokenizer.decode(shared)
+    assert len(set(heads.values())) == len(DOMAINS) == 4
+    assert heads["science/physics"] == heads["science"] and heads["law"] == heads["math"]
+    for domain, words in DOMAINS.items():
+        assert words["work"] in heads[domain] and "{" not in heads[domain].split("<problem>")[0]
+    grades = judge.grade([replace(PROBLEM, domain=d) for d in DOMAINS], ["four"] * 4)
+    assert len({v.grades for v in grades}) == 4
+    own = Judge(tiny.model(), tiny.tokenizer(), {"user": "{question}{reference}{trace}", "system": {"outcome": "r"}})
+    assert own.prompt(replace(PROBLEM, domain="code")) == own.prompt(PROBLEM)
 
 
-def test_calibration_tells_a_judge_that_uses_the_reference():
-    """A stand-in that grades 5 when the trace's last word stands in the reference, else 1."""
-
-    class Stand:
-        readout, no_reference, tokens = "expected", "(none)", 0
-
-        def grade(self, problems, traces):
-            from judge import Verdict
-            return [Verdict((float(t.split()[-1] in p.solution),)) for p, t in zip(problems, traces)]
-
-    problems = [Problem(f"p/{i}", f"q{i}", f"it is w{i}w", f"{i}", "math") for i in range(20)]
-    records = [{"problem": p.id, "text": f"so w{i if k else 99}w", "correct": bool(k)}
-               for i, p in enumerate(problems) for k in (0, 1)]
-    right = calibrate(Stand(), problems, records, "right")
-    assert right["auroc"] == 1 and right["misplace"] == 0
-    assert right["grade_correct"] == 5 and right["unread"] == 0
-    for condition in ("none", "wrong"):
-        assert calibrate(Stand(), problems, records, condition)["auroc"] == 0.5
-
-
-def test_program(tmp_path):
-    folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 4)
-    traces = tmp_path / "t.jsonl"
-    traces.write_text("".join(
-        json.dumps({"problem": f"p/{row}", "text": f"work {i}", "correct": i == 0}) + "\n"
-        for row in ids_of(data) for i in range(2)))
-    done = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces,
-                    "--out", tmp_path / "o.json")
-    table = json.loads((tmp_path / "o.json").read_text())
-    assert [row["condition"] for row in table] == ["right", "none", "wrong"] and "AUROC" in done.stdout
-    traces.write_text('{"problem": "elsewhere", "text": "", "correct": true}\n')
-    bad = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, check=False)
-    assert bad.returncode and "t.jsonl:1" in bad.stderr and "--data" in bad.stderr
-
-
-def ids_of(data):
-    from data import load_problems
-    return [p.id.split("/", 1)[1] for p in load_problems(str(data))]
+def test_a_user_adds_a_domain(monkeypatch):
+    words = dict(work="legal opinions", truth="?", checkpoints="the norms", fair="Cite paragraphs.")
+    monkeypatch.setitem(judge_module.DOMAINS, "law", words)
+    judge = Judge(tiny.model(), tiny.tokenizer())
+    shared, _ = judge.prompt(replace(PROBLEM, domain="law"))
+    assert "legal opinions" in judge.tokenizer.decode(shared)
 
 
 @pytest.mark.parametrize("readout", ["expected", "critique"])
@@ -218,5 +193,5 @@ def test_all_prefixes_cost_little_more_than_the_trace():
     judge.grade([PROBLEM], ["".join(steps)])
     whole, judge.tokens = judge.tokens, 0
     judge.grade([PROBLEM], [steps], "prefix")
-    rest = len(judge.fixed["prefix"][3]) + len(judge.stem)
+    rest = len(judge.fixed["prefix"]["math"][3]) + len(judge.stem)
     assert judge.tokens - whole <= 7 * rest + len(judge.prompt(PROBLEM, "prefix")[0])

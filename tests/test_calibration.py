@@ -1,0 +1,198 @@
+"""Calibration of judges: statistics against plain versions, hostile probes, the program, the watch on a run."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from data import Problem, is_correct, load_problems
+from data import miniature as mini
+from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, check, corr_in_groups, correlation,
+                   gamed, probe, probe_traces, usable)
+from sample import load_lm
+
+
+def test_auroc_against_pairs():
+    rng = np.random.default_rng(0)
+    scores, correct = rng.integers(0, 5, 60).astype(float), rng.random(60) < 0.4
+    wins = [(a > b) + 0.5 * (a == b) for a in scores[correct] for b in scores[~correct]]
+    assert auroc(scores, correct) == pytest.approx(np.mean(wins))
+    assert math.isnan(auroc(scores, np.ones(60, bool)))
+
+
+class Stand:
+    """Grades 5 when the trace's last word stands in the reference, else 1; unread when it is empty."""
+
+    readout, no_reference, tokens = "expected", "(none)", 0
+
+    def check_view(self, view):
+        pass
+
+    def grade(self, problems, traces, view="outcome"):
+        self.tokens += 10 * len(traces)
+        steps = [[t] if view == "outcome" else t for t in traces]
+        return [Verdict(tuple(float(s.split()[-1] in p.solution) if s.strip() else math.nan for s in some))
+                for p, some in zip(problems, steps)]
+
+
+PROBLEMS = [Problem(f"p/{i}", f"q{i}", f"it is w{i}w", f"{i}", "math") for i in range(20)]
+RECORDS = [{"problem": p.id, "text": f"so w{i if k else 99}w", "correct": bool(k)}
+           for i, p in enumerate(PROBLEMS) for k in (0, 1)]
+
+
+def test_calibration_tells_a_judge_that_uses_the_reference():
+    right = calibrate(Stand(), PROBLEMS, RECORDS, "right")
+    assert right["auroc"] == 1 and right["misplace"] == 0
+    assert right["grade_correct"] == 5 and right["unread"] == 0
+    assert right["reliability"][4] == {"grade": 5, "traces": 20, "correct": 1.0}
+    assert right["reliability"][0] == {"grade": 1, "traces": 20, "correct": 0.0}
+    assert right["at_ends"] == 1 and right["repeat_gap"] == 0 and right["tokens_per_grade"] == 10
+    wrong = calibrate(Stand(), PROBLEMS, RECORDS, "wrong")
+    assert wrong["auroc"] == calibrate(Stand(), PROBLEMS, RECORDS, "none")["auroc"] == 0.5
+    assert usable(right, wrong)[0] == "usable"
+    word, reason = usable(right, right)  # as good with a wrong reference: it does not look at it
+    assert word == "weak" and "reference" in reason
+    assert usable(wrong)[0] == "noise"
+
+
+def test_unread_grades_are_counted_and_left_out():
+    records = [r | {"text": ""} if i % 4 == 0 else r for i, r in enumerate(RECORDS)]
+    right = calibrate(Stand(), PROBLEMS, records, "right")
+    assert right["unread"] == 0.25 and right["auroc"] == 1
+    word, reason = usable(right)
+    assert word == "noise" and "cannot be read" in reason
+
+
+def test_one_kind_of_traces_tells_nothing():
+    row = calibrate(Stand(), PROBLEMS, [r for r in RECORDS if not r["correct"]], "right")
+    assert math.isnan(row["auroc"]) and usable(row)[0] == "noise" and "sample more" in usable(row)[1]
+
+
+def test_length_correlation_is_pearsons():
+    a, b = np.array([1.0, 2, 4, 4]), np.array([2.0, 1, 5, 7])
+    assert correlation(a, b) == pytest.approx(np.cov(a, b)[0, 1] / (a.std(ddof=1) * b.std(ddof=1)))
+    assert math.isnan(correlation(a, np.ones(4)))
+
+
+# ---- probes ----
+
+
+def test_probes_are_what_they_say():
+    problem = Problem("p/1", "How much is 12 + 8?", "12 + 8 = 20\n\\boxed{20}", "20", "math")
+    right, wrong = "### Sum\n12 + 8 = 20\nSo \\boxed{20}.", "### Sum\n12 + 8 = 21\nSo \\boxed{21}."
+    made = probe_traces(problem, right, wrong, np.random.default_rng(0))
+    patched, = made["wrong work, right last line"]
+    assert is_correct(patched, "20") and "21" in patched
+    spoilt, = made["right work, wrong last line"]
+    assert not is_correct(spoilt, "20") and "12 + 8 = 20" in spoilt
+    copied, = made["the reference, one number changed"]
+    assert copied == "12 + 8 = 21\n\\boxed{20}"
+    assert is_correct(made["the right answer alone"][0], "20") and made["empty"] == [""]
+    assert len(made["very long noise"][0].split()) == 600 and len(made["grade 5, in many forms"]) > 4
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The shipped judge; per problem of `dev` a right trace and one with a slip that spreads."""
+    lm = load_lm(str(Path(mini.FOLDER) / "judge"))
+    rng, problems = random.Random(3), load_problems(str(Path(mini.FOLDER) / "dev.jsonl"))[:16]
+    records = []
+    for p in problems:
+        records += [{"problem": p.id, "text": mini.work(rng, p.question, 0), "correct": True},
+                    {"problem": p.id, "text": mini.work(rng, p.question, 3), "correct": False}]
+    return Judge(lm.model, lm.tokenizer, lm.prompts), problems, records
+
+
+def test_no_probe_earns_an_honest_grade_from_the_embedded_judge(embedded):
+    grades = probe(*embedded)
+    honest = grades.pop("honest, right")
+    assert honest > 4.7
+    assert math.isnan(grades.pop("very long noise"))  # longer than its context: unread, so in no loss
+    # Its known hole (see the strict xfail in test_miniature.py): a wrong box after right work passes.
+    assert grades.pop("right work, wrong last line") == pytest.approx(honest, abs=0.3)
+    assert max(grades.values()) < honest - 0.3, grades
+
+
+def test_the_embedded_judge_is_usable(embedded):
+    assert check(*embedded)[0] == "usable"
+    judge, problems, records = embedded
+    assert check(judge, problems, [r for r in records if not r["correct"]])[0] == "usable"  # none right yet
+    assert check(Noise(), problems, records)[0] == "noise"
+
+
+class Noise(Stand):
+    def grade(self, problems, traces, view="outcome"):
+        return [Verdict((random.Random(t).random(),)) for t in traces]
+
+
+def test_prefix_grades_against_continuations(embedded):
+    """The shipped policy goes on from clean and from spoilt prefixes; the shipped judge tells them apart."""
+    judge, problems, records = embedded
+    policy = load_lm(str(Path(mini.FOLDER) / "policy"))
+    some = [r for r in records if r["problem"] in {p.id for p in problems[:4]}]
+    row = calibrate_prefixes(judge, policy, problems, some, 4, 120, temperature=0.3)
+    steps = sum(len(re.findall("###", r["text"])) for r in some)
+    assert row["prefixes"] == steps and row["continuations"] == 4
+    assert 0.1 < row["success"] < 0.9 and row["corr"] > 0.6 and row["corr_within"] > 0.6
+
+
+# ---- the program ----
+
+
+def test_program(tmp_path):
+    folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 4)
+    traces = tmp_path / "t.jsonl"
+    traces.write_text("".join(
+        json.dumps({"problem": p.id, "text": f"### a\nwork {i}\n### b\n{i}", "correct": i == 0}) + "\n"
+        for p in load_problems(str(data)) for i in range(2)))
+    done = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, "--probes",
+                    "--prefixes", 1, "--max-new-tokens", 4, "--out", tmp_path / "o.json")
+    row, = json.loads((tmp_path / "o.json").read_text())["readouts"]
+    assert [c["condition"] for c in row["conditions"]] == ["right", "none", "wrong"]
+    assert row["verdict"] in ("usable", "weak", "noise") and f"verdict: {row['verdict']}" in done.stdout
+    assert len(row["probes"]) == 12 and row["prefixes"]["prefixes"] == 16
+    assert "Qwen3-4B 18% / 39% / 50%" in done.stdout
+    traces.write_text('{"problem": "elsewhere", "text": "", "correct": true}\n')
+    bad = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, check=False)
+    assert bad.returncode and "t.jsonl:1" in bad.stderr and "--data" in bad.stderr
+
+
+def test_program_samples_its_own_traces(tmp_path):
+    folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 6)
+    tiny.run("judge.py", "--judge", folder, "--data", f"science={data}", "--n", 2, "--limit", 8,
+             "--max-new-tokens", 4, "--conditions", "right", "--readout", "expected", "critique",
+             "--out", tmp_path / "o.json")
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["traces"] == 8 and [r["readout"] for r in report["readouts"]] == ["expected", "critique"]
+    assert len((tmp_path / "o.traces.jsonl").read_text().splitlines()) == 8
+
+
+# ---- the watch on a run ----
+
+
+def test_correlation_within_groups():
+    nan = math.nan
+    scores = [0.9, 0.8, 0.1, 0.2,   0.5, 0.6, 0.7, 0.8,   0.0, nan, 0.4, 0.5]
+    correct = [1, 1, 0, 0,   1, 1, 1, 1,   0, 1, 1, 0]
+    a = np.array([0.4, 0.3, -0.4, -0.3, -0.3, 0.1, 0.2])
+    b = np.array([0.5, 0.5, -0.5, -0.5, -1 / 3, 2 / 3, -1 / 3])
+    assert corr_in_groups(scores, correct, 4) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert corr_in_groups(scores[4:8], correct[4:8], 4) is None  # all right: nothing to rank
+
+
+def test_alarm_when_the_score_rises_and_accuracy_falls():
+    rng = np.random.default_rng(0)
+
+    def run(score, accuracy, steps=20):
+        return [{"score": 0.5 + score * i + 0.01 * rng.normal(), "accuracy": 0.3 + accuracy * i
+                 + 0.01 * rng.normal()} for i in range(steps)]
+
+    assert gamed(run(0.01, -0.01)) and gamed(run(0, 0) + run(0.01, -0.01))
+    assert not gamed(run(0.01, 0.01)) and not gamed(run(-0.01, -0.01)) and not gamed(run(0, 0))
+    assert not gamed(run(0.01, -0.01, 19))  # not yet enough steps
+    assert not gamed([m | {"score": None} for m in run(0.01, -0.01)])
