@@ -181,16 +181,7 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     places = share(settings.questions, settings.updates)  # all of them, unless there are several processes
     judged = state.judge.tokens if state.judge else 0
     with together(state):
-        problems = batch_for(state.train, settings, step)
-        questions = [problems[place] for place in places]
-        prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
-        if settings.method == "sft":
-            traces = references(state, settings, questions, prompts)
-        else:
-            rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens,  # problem-major
-                                            settings.temperature, seed=settings.seed << 32 | step,
-                                            places=places)
-            traces = Traces.of(state.policy, [p for p in questions for _ in range(settings.group)], rollouts)
+        traces = sample_traces(state, settings, step, places)
     tokens = total(sum(len(r.token_ids) for r in traces.rollouts))
     traces = replace(traces, mean_length=tokens / total(len(traces.rollouts)))
     clock.lap("judging")
@@ -223,6 +214,18 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
         "seconds": clock.total(),
         "peak_gb": max(gather(peak_gb(state.device))),
     }, records if sampled else []
+
+
+def sample_traces(state: "State", settings: Settings, step: int, places: list[int]) -> "Traces":
+    """`group` traces for each of the step's problems at `places`; for SFT, their references."""
+    problems = batch_for(state.train, settings, step)
+    questions = [problems[place] for place in places]
+    prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
+    if settings.method == "sft":
+        return references(state, settings, questions, prompts)
+    rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
+                                    seed=settings.seed << 32 | step, places=places)
+    return Traces.of(state.policy, [p for p in questions for _ in range(settings.group)], rollouts)
 
 
 def trace_metrics(settings: Settings, records: list[dict]) -> dict:
