@@ -20,16 +20,11 @@ that function, and on CUDA its twin in row_loss_kernel (or have torch_row_loss_ 
 
 Left out: what token_logprob.py leaves out; a second backward through the same loss.
 
-    python kernels/policy_head.py [--rows N] [--csv FILE] [--chunk-mb MB]    # checks, then times
+    python kernels/policy_head.py [--rows N] [--csv FILE] [--chunk-mb MB]    # experiments/bench_head.py
 """
 
-import argparse
-import csv
-import datetime
-import math
-import platform
+import runpy
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +34,8 @@ from torch.autograd.function import once_differentiable
 if __name__ == "__main__":  # as a program: the package around this file must be found
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels.token_logprob import (
-    CHUNK_BYTES, add_product_, block, check, checked, chunks, new_dweight, new_vector, on_triton,
-    peak_extra_bytes, plain_token_logprob, product_dtype, token_logprob, torch_row_grads_, torch_row_stats,
-    triton)  # fmt: skip
+    add_product_, block, checked, chunks, new_dweight, new_vector, on_triton, plain_token_logprob, product_dtype,
+    torch_row_grads_, torch_row_stats, triton)  # fmt: skip
 
 
 class HeadLoss(NamedTuple):
@@ -214,7 +208,7 @@ def triton_row_loss_(z, ids, advantages, old_logp, ref_logp, loss, logp, entropy
                               float(scale), *map(float, terms), BLOCK=block(V), num_warps=8)  # fmt: skip
 
 
-# ---- check and benchmark -----------------------------------------------------------------------------------
+# ---- check; experiments/bench_head.py has the benchmark ----------------------------------------------------
 
 
 def plain_policy_head(hidden, weight, ids, advantages, old_logp=None, ref_logp=None, *, temperature=1.0,
@@ -254,174 +248,5 @@ def check_head(device):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()) + 1e-6)
 
 
-def peers():
-    """Name -> function(hidden, weight, ids) -> logp, entropy or None: other ways whose packages are here."""
-    ways = {"plain PyTorch": plain_way}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
-        options = torch.nn.LinearCrossEntropyOptions()
-
-        def native_way(h, w, i):
-            nll = torch.nn.functional.linear_cross_entropy(h, w, i, reduction="none", options=options)
-            return -nll.float(), None
-
-        ways["F.linear_cross_entropy, no entropy"] = native_way
-    try:
-        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-
-        def trl_way(h, w, i):
-            traces = 8 if len(i) % 8 == 0 else 1  # it loops over them
-            z = (h @ w.T).view(traces, -1, len(w))
-            with torch.no_grad():
-                entropy = entropy_from_logits(z).flatten()
-            return selective_log_softmax(z, i.view(traces, -1)).flatten().float(), entropy
-
-        ways["TRL's functions"] = trl_way
-    except ImportError:
-        pass
-    try:
-        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as liger
-
-        def liger_way(h, w, i):
-            nll, entropy = liger.apply(h, w, i, 1.0, -100, 1, True)
-            return -nll, entropy.detach()
-
-        ways["Liger, scaled cross entropy"] = liger_way
-    except ImportError:
-        pass
-    return ways
-
-
-def plain_way(hidden, weight, ids):
-    """plain_token_logprob at temperature 1 without a differentiable entropy, as most trainers have it."""
-    logp = (hidden @ weight.T).float().log_softmax(1)
-    with torch.no_grad():
-        entropy = -(logp.exp() * logp).sum(1)
-    return logp.gather(1, ids[:, None])[:, 0], entropy
-
-
-def liger_grpo(B):
-    """Liger's own head with its loss (B traces of equal length), or None. It has no entropy."""
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-    except ImportError:
-        return None
-    grpo = LigerFusedLinearGRPOLoss(beta=KL, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo")
-
-    def full(h, w, i, advantages, old, ref):
-        i, old, ref = (x.view(B, -1) for x in (i, old, ref))
-        return grpo(h.view(B, i.shape[1], -1), w, i, torch.ones_like(i), advantages.view(B, -1)[:, 0],
-                    ref_per_token_logps=ref, old_per_token_logps=old)[0]
-
-    return full
-
-
-KL = 1e-3  # so that the timed loss has all its terms but the entropy
-
-
-def benchmark(device, N, csv_file):
-    cuda = device == "cuda"
-    d, V, dtype = (1536, 151936, torch.bfloat16) if cuda else (576, 49152, torch.float32)
-    hidden = torch.randn(N, d, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(V, d, device=device, dtype=dtype).mul_(d**-0.5).requires_grad_()
-    ids = torch.randint(V, (N,), device=device)
-    with torch.no_grad():
-        logp, _ = token_logprob(hidden, weight, ids)
-    batch = torch.randn(N, device=device), logp + 0.1 * torch.randn_like(logp), logp - 0.1
-
-    def with_loss(way):
-        def full(h, w, i, *batch):
-            logp, entropy = way(h, w, i)
-            return token_loss(logp, entropy, *batch, kl=KL)[0].sum() / N
-
-        return full
-
-    forward = {"token_logprob": token_logprob, **peers()}
-    full = {"policy_head": lambda *tensors: policy_head(*tensors, denominator=N, kl=KL).loss,
-            "token_logprob and autograd": with_loss(token_logprob),
-            **{name: with_loss(way) for name, way in peers().items()}}
-    if N % 8 == 0 and (grpo := liger_grpo(8)):
-        full["Liger, fused linear GRPO"] = grpo
-
-    def run_forward(way):
-        with torch.no_grad():
-            way(hidden, weight, ids)
-
-    def run_full(way):
-        way(hidden, weight, ids, *batch).backward()
-        hidden.grad = weight.grad = None
-
-    # On a CPU the time of its threads, not of the clock on the wall: other programs then count for little.
-    clock = time.perf_counter if cuda else time.process_time
-
-    def seconds(run):
-        start = clock()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        return clock() - start
-
-    # The floor: the three products alone. On an H200 at its dense bfloat16 rate, elsewhere measured.
-    rounds, rows = (10, 2048) if cuda else (3, 128)
-    name = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
-    h, w = hidden.detach()[:rows], weight.detach()
-    z, dweight = h @ w.T, torch.zeros_like(w)
-    products = [lambda: torch.mm(h, w.T, out=z), lambda: torch.mm(z, w), lambda: dweight.addmm_(z.T, h)]
-    floors = [min(seconds(product) for _ in range(2 * rounds)) * N / rows for product in products]
-    if "H200" in name:
-        floors = [2 * N * d * V / 790e12] * 3
-    del z, dweight
-    gradients = hidden.nbytes + weight.nbytes
-    versions = f"torch {torch.__version__}, triton {triton and triton.__version__}"
-    print(f"{name}, {versions}, {dtype}, {N=} {d=} {V=}")
-    print("Floor: the products alone, " + " + ".join(f"{1e3 * f:.2f}" for f in floors) + " ms, at "
-          + ", ".join(f"{2e-12 * N * d * V / f:.3g}" for f in floors) + " TFLOP/s.")
-    print(f"Extra MB: the most held beyond the inputs and the {gradients / 1e6:.0f} MB of gradients.")
-    lines = []
-    for label, run, ways, floor, returned in (("log-prob, entropy", run_forward, forward, floors[0], 0),
-                                              ("loss, gradients", run_full, full, sum(floors), gradients)):
-        print(f"\n{label:36}{'ms' if cuda else 'CPU ms':>10}  floor/time  extra MB")
-        extra, times = {}, {}
-        for way in list(ways):
-            try:
-                run(ways[way])  # warms up: compiles, and cuBLAS takes its workspace, once for the whole model
-                extra[way] = peak_extra_bytes(lambda: run(ways[way]), device) - returned
-                times[way] = math.inf
-            except Exception as error:  # a peer that does not run here must not end the comparison
-                print(f"{way:36}failed: {str(error).splitlines()[0][:60]}")
-        for _ in range(rounds):  # in turns, so that a change of the clock rate meets all alike
-            for way in times:
-                times[way] = min(times[way], seconds(lambda: run(ways[way])))
-        for way, took in times.items():
-            print(f"{way:36}{1e3 * took:10.2f}{floor / took:12.2f}{extra[way] / 1e6:10.0f}")
-            lines.append([datetime.date.today(), name, versions, str(dtype), N, d, V, label, way,
-                          "wall" if cuda else "CPU time", f"{1e3 * took:.2f}", f"{floor / took:.3f}",
-                          f"{extra[way] / 1e6:.1f}"])
-    if csv_file:
-        header = "date machine versions dtype N d V pass way clock ms floor_share extra_mb".split()
-        with open(csv_file, "w", newline="") as file:
-            csv.writer(file).writerows([header, *lines])
-
-
-def cpu_name():
-    try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Check the head against float64, time it and its peers.")
-    parser.add_argument("--rows", type=int, help="tokens; default 8192 on CUDA, 1024 on a CPU")
-    parser.add_argument("--csv", help="write the table to this file too")
-    parser.add_argument("--chunk-mb", type=float, help="bound of a chunk of logits (CHUNK_BYTES)")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.chunk_mb:
-        CHUNK_BYTES[device] = int(args.chunk_mb * 1e6)
-    check(device)
-    check_head(device)
-    benchmark(device, args.rows or (8192 if device == "cuda" else 1024), args.csv)
-
-
 if __name__ == "__main__":
-    main()
+    runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "bench_head.py"), run_name="__main__")

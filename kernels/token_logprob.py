@@ -22,7 +22,6 @@ devices, second derivatives.
 """
 
 import math
-import os
 import runpy
 from pathlib import Path
 
@@ -275,7 +274,7 @@ def block(V):
     return min(4096, triton.next_power_of_2(V))
 
 
-# ---- check; policy_head.py has the benchmark ---------------------------------------------------------------
+# ---- check; experiments/bench_head.py has the benchmark ----------------------------------------------------
 
 
 def plain_token_logprob(hidden, weight, ids, temperature=1.0):
@@ -283,25 +282,6 @@ def plain_token_logprob(hidden, weight, ids, temperature=1.0):
     z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
     logp = z.log_softmax(1)
     return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(1)
-
-
-def peak_extra_bytes(run, device):
-    """Most bytes that run() holds at once beyond those held before it (as PyTorch's allocators count)."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "100")  # else the profiler writes lines of its own to stderr
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def check(device):
@@ -322,4 +302,4 @@ def check(device):
 
 
 if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).with_name("policy_head.py")), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "bench_head.py"), run_name="__main__")
