@@ -1,7 +1,7 @@
 """Operations that deserve a GPU kernel, one per file: formula, PyTorch version, Triton version, check.
 
 The PyTorch version serves the CPU and machines without Triton, the Triton version serves CUDA. A file run
-as a program (`python kernels/token_logprob.py`) checks its results against float64, then times itself (the head: experiments/bench_head.py).
+as a program (`python kernels/token_logprob.py`) checks its results against float64, then times itself.
 """
 
 from .choose_token import choose_token
