@@ -1,32 +1,45 @@
 """The paper's comparison in miniature: Stage I by each method from the embedded base, then Stage II.
 
     python experiments/miniature.py --quick    # one seed, few steps, no search for rates (make compare-quick)
-    python experiments/miniature.py            # three seeds, each method at its best rate of LRS: hours
-    python experiments/miniature.py --methods process process-end process-step-mean    # ablations: METHODS
+    python experiments/miniature.py            # three seeds, each method at its best rate: an hour or two
+    python experiments/miniature.py --methods process-end outcome-noise-0.2    # ablations: see METHODS
 
-Stage I takes the same number of traces for every method (SFT: as many references); `seconds` says what that
-cost. Stage II is sparse GRPO, the same for all. The learning rate is chosen by pass@1 on `dev` with a seed of
-its own; the table is on `eval` and `deep` (one operation more per chain), which nothing was chosen on.
-"worked" = the answer and every step right.
+Stage I takes the same number of traces for every method (SFT: as many references); METHOD-timed takes the
+number of steps that costs as many CPU seconds as Outcome's run. Stage II is sparse GRPO, the same for all.
+A method's learning rate is the one of RATES with the best pass@1 on `dev`, in runs with seed 0. The run at
+that rate then is seed 0 of the table, which is on `eval` and `deep` (one operation more per chain): nothing
+was chosen on those. An ablation takes its method's rate. "worked" = the answer and every step
+right.
 
-Writes OUT/results.csv, OUT/curves.svg and OUT/runs/. A run that is complete is not run again: start this once
-more after a stop. Left out: equal CPU time instead of equal traces (scale --steps by `seconds`).
+Every job (a run, or sampling a model on held-out problems) is a process of its own on one thread, --workers
+of them side by side, so no result depends on how many there are. What is complete is not done again: start
+this once more after a stop, or with other --methods to add to what OUT holds.
+
+Writes OUT/results.csv (after every job), OUT/curves.svg, OUT/dynamics.svg, OUT/runs/ and OUT/evaluations/
+(all traces). Left out: `--step-view segment` and `--readout generate`, which the embedded judge cannot do (it
+was trained on whole traces and prefixes, and writes its grade after a critique, not in free text).
 """
 
 import argparse
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from exprl import read_jsonl  # noqa: E402
-from sample import evaluate, load_lm  # noqa: E402
-from data import load_problems  # noqa: E402
+from sample import load_lm, write_atomically  # noqa: E402
+from data import bootstrap_interval, load_problems, pass_at_k  # noqa: E402
 from data.miniature import FOLDER, worked  # noqa: E402
 
 METHODS = {  # name -> what differs from `python exprl.py`
@@ -36,195 +49,313 @@ METHODS = {  # name -> what differs from `python exprl.py`
     "distill": ["--method", "distill"],
     "outcome": ["--method", "outcome"],
     "process": ["--method", "process"],
+    # as many CPU seconds as outcome
+    "grpo-timed": ["--method", "grpo"],
+    "distill-timed": ["--method", "distill"],
+    "process-timed": ["--method", "process"],
     # ablations
+    "outcome-no-reference": ["--method", "outcome", "--reference", "none"],
+    "outcome-wrong-reference": ["--method", "outcome", "--reference", "wrong"],
+    "outcome-mean": ["--method", "outcome", "--norm", "mean"],
+    "outcome-no-critique": ["--method", "outcome", "--readout", "expected"],
+    "outcome-noise-0.2": ["--method", "outcome", "--judge", "noise-0.2"],
+    "outcome-noise-0.25": ["--method", "outcome", "--judge", "noise-0.25"],
+    "outcome-noise-0.3": ["--method", "outcome", "--judge", "noise-0.3"],
     "process-end": ["--method", "process", "--process-norm", "end"],
     "process-step-mean": ["--method", "process", "--process-norm", "step-mean"],
     "process-lone-score": ["--method", "process", "--step-credit", "score"],
-    "outcome-mean": ["--method", "outcome", "--norm", "mean"],
-    "outcome-no-reference": ["--method", "outcome", "--reference", "none"],
-    "outcome-wrong-reference": ["--method", "outcome", "--reference", "wrong"],
     "distill-full": ["--method", "distill", "--distill-kl", "full"],
 }
 PAPER = ["base", "sft", "grpo", "distill", "outcome", "process"]
-LRS = [1.5e-4, 3e-4, 6e-4]
-STAGE2_LR = 3e-4
-GRID_SEED = 100
-COLORS = dict(zip(METHODS, ("#777777", "#a6761d", "#d95f02", "#7570b3", "#1b9e77", "#1f78b4") * 3))
+RATES = dict.fromkeys(PAPER[2:], (2e-4, 4e-4, 8e-4)) | {"sft": (3e-5, 1e-4, 3e-4)}
+STAGE2_RATE = 4e-4
+KS = (1, 2, 4, 8, 16)
+COLORS = dict(zip(PAPER, ("#777777", "#a6761d", "#d95f02", "#7570b3", "#1b9e77", "#1f78b4")))
+LOCK = threading.Lock()
 
 
-def train(run: Path, flags: list, seed: int, steps: int, lr: float, args) -> float:
-    """One run of exprl.py without evaluation, unless it is complete -> its seconds of training."""
-    if not (run / "model").exists():
+def job(log: Path, *command) -> float:
+    """A program of ours in a process on one thread, its output in `log` -> its CPU seconds."""
+    print(f"{time.strftime('%H:%M:%S')} {log.stem}", flush=True)
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=file,
+                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{log.read_text()[-2000:]}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def train(args, name: str, flags: list, seed: int, lr: float, steps: int) -> Path:
+    """One run of exprl.py without evaluation, unless it is complete -> its folder."""
+    run = args.out / "runs" / name
+    if not (run / "cpu_seconds").exists():
         shutil.rmtree(run, ignore_errors=True)
+        flags = [noisy_judge(args, float(f[6:])) if f.startswith("noise-") else f for f in map(str, flags)]
         questions = args.questions * (8 if "sft" in flags else 1)  # references, as many as others' traces
-        command = [sys.executable, "exprl.py", "--preset", "miniature", *flags, "--seed", seed, "--lr", lr]
-        command += ["--steps", steps, "--questions", questions, "--eval-limit", 0, "--show-every", 0]
-        command += ["--out", run]
-        print(f"{time.strftime('%H:%M:%S')} {run.name}", flush=True)
-        done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
-    return sum(m["seconds"] for m in metrics(run))
+        seconds = job(args.out / "logs" / f"{name}.log", "exprl.py", "--preset", "miniature", *flags,
+                      "--seed", seed, "--lr", lr, "--steps", steps, "--questions", questions,
+                      "--eval-limit", 0, "--show-every", 0, "--out", run)
+        shutil.rmtree(run / "checkpoints")
+        (run / "cpu_seconds").write_text(f"{seconds:.1f}\n")
+    return run
 
 
-def metrics(run: Path) -> list[dict]:
-    return read_jsonl(run / "metrics.jsonl")
+def noisy_judge(args, noise: float) -> Path:
+    """The judge with normal noise added to every weight, `noise` times the root mean square of its tensor."""
+    folder = args.out / "judges" / f"noise-{noise:g}"
+    with LOCK:
+        if not folder.exists():
+            lm, generator = load_lm(str(FOLDER / "judge")), torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for p in lm.model.parameters():
+                    p += noise * p.square().mean().sqrt() * torch.randn(p.shape, generator=generator)
+            lm.save(folder.with_suffix(".tmp"))
+            folder.with_suffix(".tmp").rename(folder)
+    return folder
 
 
-def measure(model: Path, split: str, args) -> dict:
-    """pass@1, pass@16 with intervals and worked, kept beside the model."""
-    kept = args.out / "evaluations" / f"{model.parent.name}-{split}-{args.problems}.json"
+def cpu_seconds(run: Path) -> float:
+    return float((run / "cpu_seconds").read_text())
+
+
+def measure(args, stage: str, method: str, seed: int, lr: float, run: Path | None, splits) -> list[dict]:
+    """A row of results.csv for each split, kept in OUT/evaluations beside the traces. No run: the base.
+
+    `right` in a row: how many traces of each problem are."""
+    traces = args.out / "evaluations" / f"{run.name if run else f'base-{seed}'}-{'-'.join(splits)}.jsonl"
+    files = [str(args.out / "problems" / f"{split}.jsonl") for split in splits]
+    kept = traces.with_suffix(".json")
+    if not traces.exists():
+        job(args.out / "logs" / f"{traces.stem}.log", "sample.py", "--model",
+            run / "model" if run else FOLDER / "policy", "--data", *files, "--n", max(KS),
+            "--max-new-tokens", 192, "--seed", seed, "--max-rows", 400, "--out", traces)
     if not kept.exists():
-        problems = load_problems(str(FOLDER / f"{split}.jsonl"))[: args.problems]
-        by_id = {p.id: p for p in problems}
-        result, records = evaluate(load_lm(str(model)), problems, 16, (1, 16), 192, 1.0, 0)
-        result["worked"] = sum(worked(by_id[r["problem"]], r["text"]) for r in records) / len(records)
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(result))
-    result = json.loads(kept.read_text())
-    names = [f"pass@{k}{end}" for k in (1, 16) for end in ("", "_low", "_high")] + ["worked", "length"]
-    return {name: round(result[name], 4) for name in names}
+        by_id = {p.id: p for p in load_problems(files)}
+        steps = len(read_jsonl(run / "metrics.jsonl")) if run else 0
+        rows = []
+        for split in splits:
+            records = [r for r in read_jsonl(traces) if r["problem"].startswith(f"{split}/")]
+            right = np.reshape([r["correct"] for r in records], (-1, max(KS))).sum(1).tolist()
+            row = dict(stage=stage, method=method, seed=seed, lr=lr, steps=steps,
+                       seconds=cpu_seconds(run) if run else 0.0, split=split)
+            for k in KS:
+                values = [pass_at_k(max(KS), count, k) for count in right]
+                row[f"pass@{k}"] = np.mean(values)
+                row[f"pass@{k}_low"], row[f"pass@{k}_high"] = bootstrap_interval(values)
+            row["worked"] = np.mean([worked(by_id[r["problem"]], r["text"]) for r in records])
+            row["length"] = np.mean([r["tokens"] for r in records])
+            rows.append({k: round(float(v), 5) if isinstance(v, float) else v for k, v in row.items()})
+            rows[-1]["right"] = right
+        write_atomically(kept, json.dumps(rows) + "\n")
+    with LOCK:
+        rows = results(args)
+        with (args.out / "results.csv").open("w", newline="") as file:
+            names = [name for name in rows[0] if name != "right"]
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    return json.loads(kept.read_text())
+
+
+def results(args) -> list[dict]:
+    """All rows that OUT holds."""
+    rows = [row for kept in (args.out / "evaluations").glob("*.json") for row in json.loads(kept.read_text())]
+    order = list(METHODS)
+    return sorted(rows, key=lambda r: (r["stage"], order.index(r["method"]), r["seed"], r["lr"], r["split"]))
+
+
+def explore(args, method: str, lr: float) -> float:
+    """pass@1 on dev of the method at one rate of its grid, with seed 0."""
+    run = train(args, f"{method}-{lr:g}-0", METHODS[method], 0, lr, args.steps)
+    return measure(args, "grid", method, 0, lr, run, ["dev"])[0]["pass@1"]
+
+
+def compare(args, method: str, seed: int, rate) -> None:
+    """Stage I and II of one method and seed, each measured. rate(method) waits for the grid."""
+    run, lr, flags = None, 0.0, METHODS[method]
+    if flags:
+        lr, steps = rate(method), args.steps
+        if method.endswith("-timed"):
+            family = method.removesuffix("-timed")
+            outcome, same = (args.out / "runs" / f"{m}-{rate(m):g}-{seed}" for m in ("outcome", family))
+            if not (outcome / "cpu_seconds").exists() or not (same / "cpu_seconds").exists():
+                raise SystemExit(f"{method} comes after {outcome.name} and {same.name}: run those first")
+            steps = max(1, round(steps * cpu_seconds(outcome) / cpu_seconds(same)))
+        run = train(args, f"{method}-{lr:g}-{seed}", flags, seed, lr, steps)
+    measure(args, "I", method, seed, lr, run, args.splits)
+    flags = ["--method", "grpo", "--norm", "mean", "--model", run / "model" if run else FOLDER / "policy"]
+    name = f"{run.name if run else f'base-{seed}'}-stage2"
+    run = train(args, name, flags, seed + 1000, STAGE2_RATE, args.steps2)
+    measure(args, "II", method, seed, STAGE2_RATE, run, args.splits)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=PAPER, choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, help="one learning rate for Stage I instead of the best of LRS")
-    parser.add_argument("--steps", type=int, default=20, help="of Stage I")
-    parser.add_argument("--steps2", type=int, default=30, help="of Stage II")
-    parser.add_argument("--questions", type=int, default=32, help="problems per step, 8 traces each")
-    parser.add_argument("--problems", type=int, default=200, help="held-out problems, 16 traces each")
+    parser.add_argument("--lr", type=float, help="one learning rate for Stage I instead of the best of RATES")
+    parser.add_argument("--steps", type=int, default=12, help="of Stage I")
+    parser.add_argument("--steps2", type=int, default=12, help="of Stage II")
+    parser.add_argument("--questions", type=int, default=16, help="problems per step, 8 traces each")
+    parser.add_argument("--problems", type=int, default=64, help="of each split, 16 traces each")
     parser.add_argument("--splits", nargs="+", default=["eval", "deep"])
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "comparison")
+    if parser.parse_args().quick:
+        parser.set_defaults(seeds=[0], lr=3e-4, steps=8, steps2=8, splits=["eval"],
+                            out=ROOT / "runs" / "comparison-quick")
     args = parser.parse_args()
-    if args.quick:
-        parser.set_defaults(
-            seeds=[0],
-            lr=3e-4,
-            steps=8,
-            steps2=8,
-            questions=16,
-            problems=100,
-            splits=["eval"],
-            out=ROOT / "runs" / "comparison-quick",
-        )
-        args = parser.parse_args()
-    (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
+    args.out = args.out.absolute()
+    for folder in ("runs", "evaluations", "judges", "logs", "problems"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
+    sizes = {name: getattr(args, name) for name in ("steps", "steps2", "questions", "problems")}
+    config = args.out / "config.json"
+    if config.exists() and json.loads(config.read_text()) != sizes:
+        raise SystemExit(f"{args.out} is of other sizes ({config.read_text()}): take another --out")
+    config.write_text(json.dumps(sizes))
+    for split in {"dev", *args.splits}:
+        lines = (FOLDER / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        write_atomically(args.out / "problems" / f"{split}.jsonl", "".join(lines[:args.problems]))
 
-    def record(stage, method, seed, lr, seconds, model, splits):
-        for split in splits:
-            rows.append(
-                {
-                    "stage": stage,
-                    "method": method,
-                    "seed": seed,
-                    "lr": lr,
-                    "seconds": round(seconds, 1),
-                    "split": split,
-                    **measure(model, split, args),
-                }
-            )
-            print("  " + " ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-        with (args.out / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    families = {name.split("-")[0] for name in args.methods}
+    families |= {"outcome" for name in args.methods if name.endswith("-timed")}
+    tuned = [] if args.lr else [m for m in PAPER[:0:-1] if m in families]  # the slowest first
+    with ThreadPoolExecutor(args.workers) as pool:  # what a job waits for has been started before
+        grid = {m: {lr: pool.submit(explore, args, m, lr) for lr in RATES[m]} for m in tuned}
 
-    best = {}
-    for method in args.methods:
-        if METHODS[method] and not args.lr:
-            for lr in LRS:
-                run = args.out / "runs" / f"grid-{method}-{lr:g}"
-                seconds = train(run, METHODS[method], GRID_SEED, args.steps, lr, args)
-                record("grid", method, GRID_SEED, lr, seconds, run / "model", ["dev"])
-            best[method] = max((r for r in rows if r["method"] == method), key=lambda r: r["pass@1"])["lr"]
-    for seed in args.seeds:
-        for method in args.methods:
-            lr, seconds, model = best.get(method, args.lr), 0.0, FOLDER / "policy"
-            if METHODS[method]:
-                run = args.out / "runs" / f"{method}-{seed}"
-                seconds, model = train(run, METHODS[method], seed, args.steps, lr, args), run / "model"
-            record("I", method, seed, lr, seconds, model, args.splits)
-            run = args.out / "runs" / f"{method}-{seed}-stage2"
-            flags = ["--method", "grpo", "--norm", "mean", "--model", model]
-            seconds = train(run, flags, seed + 1000, args.steps2, STAGE2_LR, args)
-            record("II", method, seed, STAGE2_LR, seconds, run / "model", args.splits)
-    (args.out / "curves.svg").write_text(figure(args))
-    print(table(rows, args))
+        def rate(method: str) -> float:
+            found = grid.get(method.split("-")[0], {})
+            return max(found, key=lambda lr: found[lr].result()) if found else args.lr
+
+        jobs = [pool.submit(compare, args, m, seed, rate) for seed in args.seeds for m in args.methods]
+        try:
+            for done in as_completed([*jobs, *(f for found in grid.values() for f in found.values())]):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    report(args)
 
 
-def table(rows: list[dict], args) -> str:
-    """In the form of the paper's Tables 1 and 2: means over seeds, lowest and highest behind them."""
-    lines = []
+def report(args) -> None:
+    """Print the tables in Markdown and draw the figures, of all that OUT holds."""
+    rows = results(args)
+    rates = sorted({r["lr"] for r in rows if r["stage"] == "grid"})
+    if rates:
+        print("\n| pass@1 on dev, by rate | " + " | ".join(f"{lr:g}" for lr in rates) + " |")
+        print("|---" * (len(rates) + 1) + "|")
+    for method in PAPER[1:] if rates else []:
+        found = {r["lr"]: r["pass@1"] for r in rows if (r["stage"], r["method"]) == ("grid", method)}
+        cells = {lr: f"**{v:.1%}**" if v == max(found.values()) else f"{v:.1%}" for lr, v in found.items()}
+        print(f"| {method} | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
     for stage in ("I", "II"):
         for split in args.splits:
-            lines += [
-                f"\nafter Stage {stage}, {split} ({args.problems} problems x 16 traces)",
-                f"{'':24s}{'pass@1':>24s}{'pass@16':>24s}{'worked':>24s}{'seconds':>10s}",
-            ]
-            for method in args.methods:
-                found = [r for r in rows if (r["stage"], r["split"], r["method"]) == (stage, split, method)]
-                cells = []
-                for name in ("pass@1", "pass@16", "worked"):
-                    values = [r[name] for r in found]
-                    cells.append(f"{sum(values) / len(values):.1%} ({min(values):.1%} to {max(values):.1%})")
-                lines.append(
-                    f"{method:24s}"
-                    + "".join(f"{c:>24s}" for c in cells)
-                    + f"{sum(r['seconds'] for r in found) / len(found):10.0f}"
-                )
+            print(table([r for r in rows if (r["stage"], r["split"]) == (stage, split)], stage, split))
+
+    ours = [r for r in rows if r["split"] == args.splits[0] and r["method"] in PAPER]
+    runs = {"I": {}, "II": {}}  # stage -> method -> the metrics of its runs, a list of steps per seed
+    for r in ours:
+        if r["stage"] == "I":
+            name = f"base-{r['seed']}" if r["method"] == "base" else f"{r['method']}-{r['lr']:g}-{r['seed']}"
+            for stage, run in (("I", name), ("II", f"{name}-stage2")):
+                steps = read_jsonl(args.out / "runs" / run / "metrics.jsonl")
+                if steps and steps[0]["accuracy"] is not None:  # SFT samples nothing
+                    runs[stage].setdefault(r["method"], []).append(steps)
+
+    def by_step(title, stage, name, share=False):
+        curves = {m: [[step.get(name) for step in steps] for steps in found]
+                  for m, found in runs[stage].items()}
+        return chart(f"Stage {stage}: {title}, by step", curves, share)
+
+    def by_k(stage):
+        curves: dict = {}
+        for r in ours:
+            if r["stage"] == stage:
+                curves.setdefault(r["method"], []).append([r[f"pass@{k}"] for k in KS])
+        title = f"after Stage {stage}: pass@k on {args.splits[0]}, k = {', '.join(map(str, KS))}"
+        return chart(title, curves, True)
+
+    right = "share of right traces"
+    page(args.out / "curves.svg", [by_step(right, stage, "accuracy", True) for stage in runs])
+    watched = {"unsolved": "problems seen, never solved", "entropy": "entropy, nats a token",
+               "length": "tokens per trace", "headings": "headings per trace"}
+    page(args.out / "dynamics.svg", [
+        by_k("I"), by_k("II"),
+        *(by_step(title, stage, name, name == "unsolved")
+          for name, title in watched.items() for stage in runs),
+        by_step("the judge's score", "I", "score", True),
+        by_step("distance to the teacher, nats a token", "I", "teacher_kl"),
+    ])
+
+
+def table(rows: list[dict], stage: str, split: str) -> str:
+    """In the form of the paper's Tables 1 and 2: means over seeds, in brackets the lowest and the highest;
+    then pass@1 minus sparse GRPO's (per problem the mean over seeds) with its 95% interval over problems."""
+    names = [f"after Stage {stage}, {split}", "rate", "pass@1", f"pass@{max(KS)}", "worked", "minus grpo",
+             "CPU s", "seeds"]
+    lines = [f"\n| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rates = {m: np.mean([r["right"] for r in rows if r["method"] == m], 0) / max(KS) for m in METHODS
+             if any(r["method"] == m for r in rows)}
+    for method, solved in rates.items():
+        found = [r for r in rows if r["method"] == method]
+        cells = [method, " ".join(sorted({f"{r['lr']:g}" for r in found}))]
+        for name in ("pass@1", f"pass@{max(KS)}", "worked"):
+            values = [r[name] for r in found]
+            cells.append(f"{np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})")
+        difference = solved - rates["grpo"] if method != "grpo" and "grpo" in rates else None
+        cells.append("" if difference is None else "{:+.1%} ({:+.1%} to {:+.1%})".format(
+            difference.mean(), *bootstrap_interval(difference)))
+        cells += [f"{np.mean([r['seconds'] for r in found]):.0f}", str(len(found))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def figure(args) -> str:
-    """Exact match of the sampled traces per step, Stage I beside Stage II; band: lowest to highest seed."""
-    parts, width, height = [], 430, 260
-    curves = {}
-    for panel, suffix in enumerate(("", "-stage2")):
-        for method in args.methods:
-            runs = [args.out / "runs" / f"{method}-{seed}{suffix}" for seed in args.seeds]
-            if all((run / "metrics.jsonl").exists() for run in runs):
-                series = [[m["accuracy"] for m in metrics(run)] for run in runs]
-                if series[0][0] is not None:  # SFT samples nothing
-                    curves[panel, method] = list(zip(*series))
-    top = max(max(map(max, curve)) for curve in curves.values()) or 1.0  # all wrong: an empty scale
-    for panel in (0, 1):
-        left = 50 + panel * (width + 50)
-        parts.append(
-            f'<text x="{left}" y="20">Stage {"I" * (panel + 1)}: share of right traces, by step</text>'
-        )
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            y = 30 + height * (1 - share)
-            parts.append(
-                f'<path d="M{left} {y}h{width}" stroke="#ddd"/><text x="{left - 8}" y="{y + 4}" '
-                f'text-anchor="end">{share * top:.1%}</text>'
-            )
-        for (where, method), curve in curves.items():
-            if where == panel:
-                x = [left + width * i / max(len(curve) - 1, 1) for i in range(len(curve))]
-                low, mid, high = (
-                    [30 + height * (1 - f(values) / top) for values in curve]
-                    for f in (min, lambda v: sum(v) / len(v), max)
-                )
-                band = [f"{a:.1f},{b:.1f}" for a, b in [*zip(x, high), *reversed(list(zip(x, low)))]]
-                line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, mid))
-                parts.append(
-                    f'<polygon points="{" ".join(band)}" fill="{COLORS[method]}" opacity="0.15"/>'
-                    f'<polyline points="{line}" fill="none" stroke="{COLORS[method]}" stroke-width="2"/>'
-                )
-    for i, method in enumerate(args.methods):
-        parts.append(
-            f'<text x="{50 + 110 * (i % 9)}" y="{height + 60 + 18 * (i // 9)}" '
-            f'fill="{COLORS[method]}">{method}</text>'
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width + 120} {height + 100}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        f"{''.join(parts)}</svg>\n"
-    )
+WIDTH, HEIGHT = 430, 220  # of a chart
+
+
+def chart(title: str, curves: dict[str, list[list]], share: bool = False) -> tuple[str, list[str]]:
+    """curves: method -> per seed a list of values (None: nothing to show) -> the drawing, and whom it shows.
+    A line is the mean of the seeds, a band goes from the lowest to the highest."""
+    points = {method: [(i, found) for i, values in enumerate(zip(*series))
+                       if (found := [v for v in values if v is not None])]
+              for method, series in curves.items()}
+    points = {method: found for method, found in points.items() if found}
+    every = [v for found in points.values() for _, values in found for v in values]
+    bottom = 0.0 if share else min(every, default=0.0)
+    top = max([*every, bottom + 1e-9])  # all the same: an empty scale
+    last = max((found[-1][0] for found in points.values()), default=0) or 1
+    parts = [f'<text x="0" y="14">{title}</text>']
+    for i in range(5):
+        y, value = 30 + HEIGHT * (1 - i / 4), bottom + (top - bottom) * i / 4
+        parts.append(f'<path d="M0 {y}h{WIDTH}" stroke="#ddd"/><text x="-6" y="{y + 4}" text-anchor="end">'
+                     + (f"{value:.1%}" if share else f"{value:.3g}") + "</text>")
+
+    def place(i, value):
+        return f"{WIDTH * i / last:.1f},{30 + HEIGHT * (1 - (value - bottom) / (top - bottom)):.1f}"
+
+    for method, found in points.items():
+        low, middle, high = ([place(i, f(values)) for i, values in found] for f in (min, np.mean, max))
+        parts.append(f'<polygon points="{" ".join(high + low[::-1])}" fill="{COLORS[method]}" '
+                     f'opacity="0.15"/><polyline points="{" ".join(middle)}" fill="none" '
+                     f'stroke="{COLORS[method]}" stroke-width="2"/>')
+    return "".join(parts), list(points)
+
+
+def page(path: Path, charts: list[tuple[str, list[str]]]) -> None:
+    """Charts in two columns over a legend."""
+    across, down = WIDTH + 80, HEIGHT + 60
+    parts = [f'<g transform="translate({60 + i % 2 * across} {10 + i // 2 * down})">{drawing}</g>'
+             for i, (drawing, _) in enumerate(charts)]
+    height = 10 + (len(charts) + 1) // 2 * down
+    shown = [m for m in METHODS if any(m in methods for _, methods in charts)]
+    parts += [f'<text x="{60 + 150 * i}" y="{height + 10}" fill="{COLORS[method]}">{method}</text>'
+              for i, method in enumerate(shown)]
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * across + 10} {height + 30}" '
+                    f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+                    f"{''.join(parts)}</svg>\n")
 
 
 if __name__ == "__main__":

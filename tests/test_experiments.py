@@ -1,24 +1,120 @@
-"""The comparison in miniature: it runs, goes on where it was stopped, and writes its table and figure."""
+"""The comparison in miniature: it runs, goes on where it was stopped, and writes its tables and figures."""
 
 import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
 
 import tiny
 
+sys.path.insert(0, str(tiny.ROOT / "experiments"))
+import miniature as comparison  # noqa: E402
 
-def test_comparison_runs_resumes_and_reports(tmp_path):
-    out = tmp_path / "comparison"
-    command = ["experiments/miniature.py", "--methods", "base", "--seeds", 0, "--lr", 3e-4, "--steps2", 1]
-    command += ["--questions", 2, "--problems", 2, "--splits", "eval", "--out", out]
-    first = tiny.run(*command)
-    rows = list(csv.DictReader((out / "results.csv").open()))
-    assert [(r["stage"], r["method"], r["split"]) for r in rows] == [("I", "base", "eval"), ("II", "base", "eval")]
-    assert "after Stage II, eval" in first.stdout and "<polyline" in (out / "curves.svg").read_text()
-    made = (out / "runs/base-0-stage2/metrics.jsonl").stat().st_mtime_ns
-    again = tiny.run(*command)  # nothing is run twice
-    assert made == (out / "runs/base-0-stage2/metrics.jsonl").stat().st_mtime_ns and "base-0" not in again.stdout
+SIZES = ["--seeds", "0", "--steps", "2", "--steps2", "1", "--questions", "2", "--problems", "2"]
+
+
+def read(out):
+    return list(csv.DictReader((out / "results.csv").open()))
+
+
+def test_comparison_runs_and_reports(tmp_path):
+    command = ["experiments/miniature.py", "--methods", "base", *SIZES, "--splits", "eval", "--out", tmp_path]
+    done = tiny.run(*command)
+    assert [(r["stage"], r["method"], r["split"]) for r in read(tmp_path)] == [
+        ("I", "base", "eval"), ("II", "base", "eval")]
+    assert "after Stage II, eval" in done.stdout and "<polyline" in (tmp_path / "dynamics.svg").read_text()
 
 
 def test_a_failing_run_stops_the_comparison_with_its_message(tmp_path):
-    command = ["experiments/miniature.py", "--methods", "grpo", "--lr", "-1", "--out", str(tmp_path)]
+    command = ["experiments/miniature.py", "--methods", "grpo", "--seeds", 0, "--lr", "-1", "--out", tmp_path]
     done = tiny.run(*command, check=False)
     assert done.returncode == 1 and "need --lr > 0" in done.stderr
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """In the place of exprl.py and sample.py: what they write. At rate 4e-4 most traces are right."""
+    started = []
+
+    def job(log, program, *flags):
+        flag = {a: b for a, b in zip(flags, flags[1:])}
+        started.append(log.stem)
+        if program == "exprl.py":
+            (flag["--out"] / "model").mkdir(parents=True)
+            (flag["--out"] / "checkpoints").mkdir()
+            step = dict.fromkeys(("accuracy", "unsolved", "entropy", "length", "headings"), 0.5)
+            (flag["--out"] / "metrics.jsonl").write_text((json.dumps(step) + "\n") * flag["--steps"])
+        else:
+            files = [Path(f) for f in flags if str(f).endswith(".jsonl")][:-1]
+            right = 3 if "0.0004" in log.stem else 1
+            flag["--out"].write_text("".join(
+                json.dumps({"problem": f"{f.stem}/{i}", "text": "", "correct": n < right, "tokens": 9}) + "\n"
+                for f in files for i in (1, 2) for n in range(16)))
+        return 7.0
+
+    def run(out, *arguments):
+        started.clear()
+        monkeypatch.setattr(sys, "argv", ["miniature.py", *SIZES, "--out", str(out), *map(str, arguments)])
+        comparison.main()
+        return started
+
+    monkeypatch.setattr(comparison, "job", job)
+    return run
+
+
+def test_the_best_rate_of_the_grid_is_taken_and_nothing_is_done_twice(tmp_path, programs, capsys):
+    methods = ["--methods", "base", "grpo"]
+    started = programs(tmp_path, *methods)
+    assert len(started) == len(set(started)) == 2 * 3 + 3 + 3  # grid, base, grpo (its Stage I is the grid's)
+    rows = read(tmp_path)
+    assert [(r["lr"], r["split"]) for r in rows if r["stage"] == "grid"] == [
+        (str(lr), "dev") for lr in comparison.RATES["grpo"]]
+    table = [(r["stage"], r["method"], r["lr"], r["split"]) for r in rows if r["stage"] != "grid"]
+    assert table == [(stage, method, lr if stage == "I" else "0.0004", split) for stage in ("I", "II")
+                     for method, lr in (("base", "0.0"), ("grpo", "0.0004")) for split in ("deep", "eval")]
+    assert "| grpo | 6.2% | **18.8%** | 6.2% |" in capsys.readouterr().out
+
+    (tmp_path / "runs/base-0-stage2/cpu_seconds").unlink()  # as if killed at its end
+    assert programs(tmp_path, *methods) == ["base-0-stage2"]
+    started = programs(tmp_path, "--methods", "grpo", "--seeds", 1)  # one seed more, at the rate chosen
+    assert started == ["grpo-0.0004-1", "grpo-0.0004-1-eval-deep", "grpo-0.0004-1-stage2",
+                       "grpo-0.0004-1-stage2-eval-deep"]
+    assert len(read(tmp_path)) == len(rows) + 4  # what was there stays
+
+
+def test_what_cannot_go_on_says_so(tmp_path, programs):
+    programs(tmp_path, "--methods", "base")
+    with pytest.raises(SystemExit, match="other sizes"):
+        programs(tmp_path, "--methods", "base", "--steps", 3)
+    with pytest.raises(SystemExit, match="run those first"):
+        programs(tmp_path, "--methods", "grpo-timed", "--seeds", 1)
+
+
+def test_timed_takes_the_steps_of_outcomes_seconds(tmp_path, programs):
+    programs(tmp_path, "--methods", "outcome", "grpo")
+    (tmp_path / "runs/outcome-0.0004-0/cpu_seconds").write_text("17.5")
+    programs(tmp_path, "--methods", "grpo-timed")
+    assert {r["method"]: r["steps"] for r in read(tmp_path) if r["stage"] == "I"} == {
+        "grpo": "2", "outcome": "2", "grpo-timed": "5"}
+
+
+def test_noise_moves_every_weight_of_the_judge_by_its_share(tmp_path):
+    args = type("Args", (), dict(out=tmp_path))
+    (tmp_path / "judges").mkdir()
+    noisy = comparison.load_lm(str(comparison.noisy_judge(args, 0.2))).model.state_dict()
+    for name, weight in comparison.load_lm(str(comparison.FOLDER / "judge")).model.state_dict().items():
+        share = float((noisy[name] - weight).square().mean().sqrt() / weight.square().mean().sqrt())
+        assert share == pytest.approx(0.2, rel=0.5 if weight.numel() < 1000 else 0.05)
+
+
+def test_a_band_spans_the_seeds_and_gaps_are_skipped():
+    curves = {"grpo": [[0.0, None, 1.0], [0.5, None, 0.5]], "sft": [[None] * 3]}
+    drawing, shown = comparison.chart("t", curves, share=True)
+    assert shown == ["grpo"]
+    top, bottom, right = 30, 30 + comparison.HEIGHT, f"{comparison.WIDTH}.0"
+    half, quarter = (top + bottom) / 2, top + comparison.HEIGHT / 4
+    band, line = [part.split('"')[0] for part in drawing.split('points="')[1:]]
+    assert band == f"0.0,{half:.1f} {right},{top:.1f} {right},{half:.1f} 0.0,{bottom:.1f}"
+    assert line == f"0.0,{bottom - comparison.HEIGHT / 4:.1f} {right},{quarter:.1f}"
