@@ -13,8 +13,8 @@ One engine serves rollouts, evaluation and the judge:
        Rollout ◄── ended: pages freed, ◄──────── step: feed one token a row, attend over ───┘
                    the next trace enters         pages, draw token and log-prob
 
-The models are the ones of transformers. Only their attention is replaced, through its AttentionInterface: our
-function writes keys and values into pages, so rows of any length share a batch unpadded.
+The models are the ones of transformers, and so are weights and rotary angles; the layers of the covered
+families are gone through here (class Network), so that tokens of rows of any length share a batch unpadded.
 Temperature is the only sampling knob: with top-k or top-p the sampled distribution is not the trained one.
 A token's noise depends on (seed, trace, position) alone: a trace does not depend on who shares its batch.
 Other architectures (sliding window, linear attention) take transformers' own cache: slower, said on stderr.
@@ -32,7 +32,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from tqdm import tqdm
 # transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours meanwhile.
 _ours = sys.modules.pop("kernels", None)
 sys.modules["kernels"] = None
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -179,7 +179,8 @@ def layer_kinds(config) -> list[str]:
 
 def covers(config) -> bool:
     """Can the paged cache serve this architecture?"""
-    return config.model_type in ARCHITECTURES and layer_kinds(config) == ["full_attention"]
+    return (config.model_type in ARCHITECTURES and layer_kinds(config) == ["full_attention"]
+            and config.hidden_act == "silu")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,55 +295,90 @@ def head_size(config) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Attention over pages
-
-
-def cached_attention(module, query, key, value, attention_mask, scaling=None, kv=None, **_):
-    """What transformers' layers call: query (B,H,T,D), key and value (B,KVH,T,D) -> (B,T,H,D)."""
-    return kv.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
-
-
-# The name has no mask function registered with it, so transformers builds no (B,1,T,S) mask.
-AttentionInterface.register("exprl_cached", cached_attention)
-
-
-@contextmanager
-def attention_of(model):
-    """Use our attention inside, and put the model's own back: training and `generate` must not notice."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation("exprl_cached")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
-@contextmanager
-def packed_linears(model, rows: int):
-    """Inside, on an x86 CPU, linear layers multiply by a copy of their weights in oneDNN's own layout: 1.2
-    (64 rows, bfloat16) to 2 times (16 rows, float32) faster. Packed anew at each entry: weights change."""
-    packed = []
-    try:
-        if model.device.type == "cpu" and torch.backends.mkldnn.is_available() and PACKS:
-            for module in model.modules():
-                if type(module) is torch.nn.Linear and module.weight.dtype in PACKS:
-                    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
-                    bias = None if module.bias is None else module.bias.detach()
-                    module.forward = partial(packed_linear, weight, bias)
-                    packed.append(module)
-        yield
-    finally:
-        for module in packed:
-            del module.forward
-
-
-def packed_linear(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+# One forward pass, for prefill and decode
 
 
 PACKS = {torch.float32} if platform.machine() in ("x86_64", "AMD64") else set()
 if PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     PACKS.add(torch.bfloat16)
+
+
+class Linear:
+    """Linear layers that read the same input, side by side: x W^T + b, then "swish", or "add" or "mul" with
+    another tensor.
+
+    On an x86 CPU the weights are a copy in oneDNN's own layout, 1.2 (64 rows, bfloat16) to 2 times (16 rows,
+    float32) faster, and what follows the product is done before the result is rounded."""
+
+    def __init__(self, *modules):
+        self.modules, weight = modules, modules[0].weight
+        self.packed = (weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+                       and weight.dtype in PACKS and all(type(m) is torch.nn.Linear for m in modules))
+        if self.packed:
+            weight = torch.cat([m.weight.detach() for m in modules]) if modules[1:] else weight.detach()
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 64)  # for some 64 rows
+            self.bias = None if modules[0].bias is None else torch.cat([m.bias.detach() for m in modules])
+
+    def __call__(self, x, then="none", other=None):
+        if self.packed and other is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, then, [], "")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, then)
+        y = self.modules[0](x) if len(self.modules) == 1 else torch.cat([m(x) for m in self.modules], -1)
+        return {"none": y.view_as, "swish": F.silu, "add": y.add_, "mul": y.mul_}[then](
+            y if other is None else other)
+
+
+class Network:
+    """The decoder of the covered families over the modules of a transformers model: embedding, layers, norm.
+
+    transformers' own forward takes three times the operations, of 5 microseconds each and more. Made anew
+    for each call of the sampler, since weights change in place."""
+
+    def __init__(self, model):
+        self.base, config = model.base_model, model.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.layers = [(layer, Linear(a.q_proj, a.k_proj, a.v_proj), Linear(a.o_proj), Linear(m.gate_proj),
+                        Linear(m.up_proj), Linear(m.down_proj))
+                       for layer in self.base.layers for a, m in [(layer.self_attn, layer.mlp)]]
+        self.output = model.get_output_embeddings()
+
+    @cached_property
+    def head(self) -> Linear:
+        return Linear(self.output)
+
+    def __call__(self, ids, positions, kv):
+        """ids, positions (T,): tokens of any rows -> hidden states (T,d).
+
+        kv.attend(layer, query (T,H,D), key, value (T,KVH,D)) -> (T,H,D) stores keys and values."""
+        x, H = self.base.embed_tokens(ids), self.heads
+        # the angles in float32: transformers rounds them to the model's type
+        cos, sin = (t[0, :, None] for t in self.base.rotary_emb(x[:1].float(), positions[None]))
+        for i, (layer, qkv, out, gate, up, down) in enumerate(self.layers):
+            qkv = qkv(rms_norm(layer.input_layernorm, x)).view(len(x), H + 2 * self.kv_heads, -1)
+            query_key, value = qkv.split([H + self.kv_heads, self.kv_heads], 1)
+            if hasattr(layer.self_attn, "q_norm"):  # Qwen3
+                query_key = torch.cat([rms_norm(layer.self_attn.q_norm, query_key[:, :H]),
+                                       rms_norm(layer.self_attn.k_norm, query_key[:, H:])], 1)
+            query_key = rotate(query_key, cos, sin)
+            attended = kv.attend(i, query_key[:, :H], query_key[:, H:], value)
+            x = out(attended.flatten(1), "add", x)
+            h = rms_norm(layer.post_attention_layernorm, x)
+            x = down(up(h, "mul", gate(h, "swish")), "add", x)
+        return rms_norm(self.base.norm, x)
+
+
+def rms_norm(module, x):
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def rotate(x, cos, sin):
+    """x (T,H,D): number pairs (i, i + D/2) turned by a token's angles, cos and sin (T,1,D); rounded once."""
+    y = x.float()
+    (a, b), (_, sin), y = y.chunk(2, -1), sin.chunk(2, -1), y * cos
+    y[..., : a.shape[-1]].addcmul_(b, sin, value=-1)
+    y[..., a.shape[-1] :].addcmul_(a, sin)
+    return y.to(x.dtype)
 
 
 @dataclass
@@ -405,25 +441,23 @@ class Prefill:
         self.masks = [p.mask if p.mask is None else torch.zeros(p.mask.shape, dtype=dtype, device=device)
                       .masked_fill_(~p.mask.to(device), -torch.inf) for p in pieces]
 
-    def attend(self, layer, query, key, value, scaling):
+    def attend(self, layer, query, key, value):
         keys, values = self.pool[layer]
-        keys[self.page, :, self.offset] = key[0][:, self.source].transpose(0, 1)
-        values[self.page, :, self.offset] = value[0][:, self.source].transpose(0, 1)
-        out, at = torch.empty_like(query), 0
+        keys[self.page, :, self.offset] = key[self.source]
+        values[self.page, :, self.offset] = value[self.source]
+        out, at = query.new_empty(query.shape), 0
         groups = query.shape[1] // key.shape[1]
         for piece, context, mask in zip(self.pieces, self.context, self.masks):
             part = slice(at, at := at + len(piece.ids))
-            q, k, v = query[0][:, part], key[0][:, part], value[0][:, part]  # (H,T,D), (KVH,T,D)
+            q, k, v = (x[part].transpose(0, 1) for x in (query, key, value))  # (H,T,D), (KVH,T,D)
             if piece.start:
                 k, v = (torch.cat([pages[context].transpose(0, 1).flatten(1, 2)[:, : piece.start], own], 1)
                         for pages, own in ((keys, k), (values, v)))
             # kv heads as the batch, a kv head's query heads beside it: no head is repeated
-            heads = (len(k), groups, -1, q.shape[-1])
-            done = F.scaled_dot_product_attention(
-                q.reshape(heads), k[:, None].expand(heads[0], groups, *k.shape[1:]),
-                v[:, None].expand(heads[0], groups, *v.shape[1:]), attn_mask=mask, is_causal=mask is None,
-                scale=scaling)
-            out[0, :, part] = done.flatten(0, 1)
+            k, v = (x[:, None].expand(-1, groups, -1, -1) for x in (k, v))
+            done = F.scaled_dot_product_attention(q.unflatten(0, (-1, groups)), k, v, attn_mask=mask,
+                                                  is_causal=mask is None)
+            out[part] = done.flatten(0, 1).transpose(0, 1)
         return out
 
 
@@ -438,12 +472,12 @@ class Decode:
         if not state.is_cuda:
             self.plan = plan_pages(self.table.cpu().numpy(), self.lengths.cpu().numpy(), PAGE, state.device)
 
-    def attend(self, layer, query, key, value, scaling):
+    def attend(self, layer, query, key, value):
         keys, values = self.pool[layer]
-        keys[self.page, :, self.offset] = key[:, :, 0]
-        values[self.page, :, self.offset] = value[:, :, 0]
-        query = query[:, :, 0].contiguous()
-        return paged_attention(query, keys, values, self.table, self.lengths, scaling, self.plan)[:, :, None]
+        keys[self.page, :, self.offset] = key
+        values[self.page, :, self.offset] = value
+        return paged_attention(query.contiguous(), keys, values, self.table, self.lengths,
+                               query.shape[-1] ** -0.5, self.plan)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -514,6 +548,7 @@ class Sampler:
                   "no paged cache for it and takes transformers' own, prompt by prompt: slower",
                   file=sys.stderr)
         self.cache: Cache | None = None
+        self.network: Network | None = None
         self.wanted = 0  # pages asked for when the cache was made
         self.replay: Graphs | None = None
         self.pauses = 0  # traces paused so far for want of memory
@@ -567,14 +602,14 @@ class Sampler:
         if not self.covered:
             asked = [p[:cut] + list(suffix) for p, some in zip(prompts, forks) for cut, suffix in some]
             for row, ids in enumerate(asked):
-                hidden = self.hidden(torch.tensor([ids], device=self.model.device))[0, -1]
-                out[row] = (hidden @ weight.T).float()
+                hidden = self.model.base_model(torch.tensor([ids], device=self.model.device), use_cache=False)
+                out[row] = (hidden.last_hidden_state[0, -1] @ weight.T).float()
             return out
         rows, waiting = iter(range(len(out))), deque()
         for prompt, some in zip(prompts, forks):
             waiting.append((list(prompt), [(cut, list(suffix), next(rows)) for cut, suffix in some]))
         pages = -(-max(map(len, prompts), default=1) // PAGE)
-        with self.open(2 * pages + self.prefill_tokens // PAGE, pages) as cache, attention_of(self.model):
+        with self.open(2 * pages + self.prefill_tokens // PAGE, pages) as cache:
             kept: list[Page] = []  # those of the last prompt: its neighbour may start alike
             while waiting:
                 batch, held, tokens = [], [], 0
@@ -611,19 +646,15 @@ class Sampler:
             sizes = np.cumsum([len(piece.ids) for piece in pieces])
             count = max(1, int(np.searchsorted(sizes, self.prefill_tokens, side="right")))
             batch, pieces = pieces[:count], pieces[count:]
-            ids = torch.tensor([[t for piece in batch for t in piece.ids]], device=device)
-            positions = torch.tensor([[t for piece in batch for t in piece.positions]], device=device)
-            hidden = self.hidden(ids, positions, Prefill(cache, batch))[0]
+            ids = torch.tensor([t for piece in batch for t in piece.ids], device=device)
+            positions = torch.tensor([t for piece in batch for t in piece.positions], device=device)
+            hidden = self.network(ids, positions, Prefill(cache, batch))
             starts = [0, *sizes[: count - 1].tolist()]
             reads = [(at + index, row) for at, piece in zip(starts, batch) for index, row in piece.reads]
             if reads:
                 where, rows = zip(*reads)
                 found.append((hidden[torch.tensor(where, device=device)], list(rows)))
         return found
-
-    def hidden(self, ids, positions=None, kv=None):
-        return self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False,
-                                     kv=kv).last_hidden_state
 
     # ---- the loop: admit, grow, step, end ------------------------------------------------------------------
 
@@ -647,8 +678,7 @@ class Sampler:
         numbers = iter(index)
         waiting = deque(Work(list(p), deque(islice(numbers, n))) for p in prompts)
         wanted = (len(rows.pages) + 2) * most + self.prefill_tokens // PAGE
-        with (self.open(wanted, most) as cache, attention_of(self.model),
-              packed_linears(self.model, len(rows.pages))):
+        with self.open(wanted, most) as cache:
             ready, kept = deque(), []
 
             def retreat(row):
@@ -788,9 +818,8 @@ class Sampler:
         return token.cpu().numpy(), logprob.cpu().numpy(), logits
 
     def decode(self, cache, state):
-        hidden = self.hidden(state[:, TOKEN : TOKEN + 1].long(), state[:, LENGTH : LENGTH + 1].long(),
-                             Decode(cache, state))
-        return self.model.get_output_embeddings()(hidden[:, 0])
+        return self.network.head(self.network(state[:, TOKEN].long(), state[:, LENGTH].long(),
+                                              Decode(cache, state)))
 
     # ---- memory --------------------------------------------------------------------------------------------
 
@@ -810,12 +839,14 @@ class Sampler:
             if cuda and self.graphs and triton is not None:
                 self.replay = Graphs(self, self.cache, self.max_rows, longest, addresses)
         reserved = self.cache.take(1) if self.replay else []  # page 0 takes what padding rows write
+        self.network = Network(self.model)
         try:
             yield self.cache
             self.cache.table.drop(reserved)
             assert len(self.cache.table.free) == len(self.cache.table.pages), "a page is still held"
         finally:
             self.cache.table = PageTable(len(self.cache.table.pages))
+            self.network = None
             if not cuda:
                 self.cache = None
 

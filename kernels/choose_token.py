@@ -23,12 +23,16 @@ except ImportError:  # macOS and Windows have no Triton: the PyTorch version ser
     triton = None
 
 BLOCK = 256  # entries per block of the cumulative sum
+ROWS = 16  # at a time: memory for many is cleared by the system at every step, which took most of the time
 
 
 def choose_token(logits, temperature, uniform):
     """logits (R,V), uniform (R,) in [0,1) f32 -> token (R,) int64, logprob (R,) f32 <= 0 (up to rounding).
 
     An entry of probability 0 is never drawn."""
+    if len(logits) > ROWS:
+        parts = [choose_token(z, temperature, u) for z, u in zip(logits.split(ROWS), uniform.split(ROWS))]
+        return tuple(map(torch.cat, zip(*parts)))
     V = logits.shape[1]
     z = logits.float()
     if temperature not in (0, 1):
