@@ -27,6 +27,7 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -108,6 +110,7 @@ class Settings:
     save_every: int = 50  # checkpoint every so many steps, and after the last; 0 = only after the last
     keep: int = 2  # checkpoints to keep
     show_every: int = 10  # print a sampled trace with its grade every so many steps; 0 = never
+    log: str = "files"  # files (.jsonl), or tensorboard: its event files too, for `tensorboard --logdir runs`
     seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
     out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes the GPU of its number
@@ -686,6 +689,7 @@ class State:
     bad_updates: int = 0  # skipped in a row
     phase: str = "loading"  # what runs, for error messages
     interrupts: "Interrupts" = field(default_factory=lambda: Interrupts())
+    board: object = None  # --log tensorboard: its SummaryWriter
 
     def amp(self):
         """Forward passes run in the sampling dtype over float32 masters; FSDP gathers them in it."""
@@ -1034,8 +1038,15 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
         for path in (metrics_file, rollouts_file) if rank() == 0 else ():
             keep_until(path, state.step)
     evaluated = {m["step"] for m in read_jsonl(metrics_file) if "accuracy" not in m}
-    with Interrupts() as state.interrupts, tqdm(total=settings.steps, initial=state.step, unit="step",
-                                                disable=None) as bar:
+    if settings.log == "tensorboard" and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        # what a killed run logged after its checkpoint is about to be done, and logged, again
+        state.board = SummaryWriter(run / "tensorboard", purge_step=state.step + 1)
+    recent = deque(maxlen=20)  # seconds of the last steps
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else, with `| tee log` too, plain lines
+    with Interrupts() as state.interrupts, tqdm(
+            total=settings.steps, initial=state.step, disable=not terminal, dynamic_ncols=True,
+            bar_format="step {n_fmt}/{total_fmt} {bar:6} {desc}") as bar:
         try:
             while True:
                 last = state.step == settings.steps
@@ -1048,10 +1059,10 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                     break
                 metrics, records = train_step(state, settings, state.step + 1)
                 append(rollouts_file, records)
-                append(metrics_file, [metrics])
+                log(state, metrics_file, metrics)
                 state.step += 1
                 state.interrupts.settle()
-                report(bar, metrics, records, settings)
+                report(bar, metrics, records, settings, recent)
                 if state.bad_updates >= 3:
                     raise Stop("the gradient was not finite in three updates in a row, which were skipped: "
                                "lower --lr, or check the model in --dtype float32")
@@ -1071,7 +1082,8 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     # Always the same noise: before and after differ by the weights alone.
     lm = replace(state.policy, model=state.sampling)
     places, start = share(len(state.held_out)), time.perf_counter()
-    with together(state), tqdm(total=len(places) * settings.eval_n, unit="trace", leave=False, disable=None,
+    with together(state), tqdm(total=len(places) * settings.eval_n, unit="trace", leave=False,
+                               disable=bar.disable,
                                desc=f"evaluating, step {state.step}") as inner:
         records = traces_of(lm, [state.held_out[place] for place in places], settings.eval_n,
                             settings.max_new_tokens, settings.temperature, settings.seed << 32,
@@ -1082,25 +1094,45 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
         (run / "evaluations").mkdir(exist_ok=True)
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", lines)
-    append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
+    log(state, run / "metrics.jsonl", {"step": state.step, **metrics})
     bar.write(f"step {state.step}: held out, " + ", ".join(
         f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
 
 
-def report(bar, metrics: dict, records: list[dict], settings: Settings) -> None:
+def log(state: State, path: Path, metrics: dict) -> None:
+    append(path, [metrics])
+    if state.board:
+        part = "training" if "accuracy" in metrics else "held-out"
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                state.board.add_scalar(f"{part}/{name}", value, metrics["step"])
+        state.board.flush()
+
+
+SHOWN = dict(score=".3f", accuracy=".1%", nll=".3f", teacher_kl=".3f", length=".0f", unread=".0%")
+
+
+def report(bar, metrics: dict, records: list[dict], settings: Settings, recent: deque) -> None:
     """The terminal: a live line, or without a terminal a plain line per step; and a trace now and then."""
-    names = ("score", "accuracy", "nll", "teacher_kl", "length", "unread", "sample_tok_s")
-    shown = {n: f"{metrics[n]:.3g}" for n in names if metrics.get(n) is not None}
-    bar.set_postfix(shown)
-    bar.update()
+    recent.append(metrics["seconds"])
+    facts = [f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items() if metrics.get(name) is not None]
+    facts.append(f"{metrics['sample_tok_s'] or metrics['train_tok_s']:,.0f} tok/s")
+    left = (settings.steps - metrics["step"]) * sum(recent) / len(recent)  # evaluations come on top
+    line = "  ".join([duration(left) + " left"] * (left > 0) + facts)
     if bar.disable:
-        print(f"step {metrics['step']}/{settings.steps} " + " ".join(f"{n} {v}" for n, v in shown.items())
-              + f" {metrics['seconds']:.1f}s", flush=True)
+        print(f"step {metrics['step']}/{settings.steps}  {line}  {metrics['seconds']:.1f} s", flush=True)
+    bar.n = metrics["step"]
+    bar.set_description_str(line)
     if records and settings.show_every and metrics["step"] % settings.show_every == 0:
         record = records[metrics["step"] % len(records)]
         grades = " ".join("unread" if g is None else f"{1 + 4 * g:.2f}" for g in record["grades"])
         bar.write(f"--- step {metrics['step']}, {record['problem']}: {grades and f'grade {grades} of 5, '}"
                   f"{'right' if record['correct'] else 'wrong'}\n{record['text'].strip()}\n---")
+
+
+def duration(seconds: float) -> str:
+    return (f"{seconds:.0f} s" if seconds < 100 else
+            f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h")
 
 
 def closing_table(run: Path, settings: Settings) -> str:
@@ -1183,7 +1215,7 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     choices = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=("std", "mean"),
                    process_norm=("delta", "end", "step-mean"), step_view=("prefix", "segment"),
                    step_credit=("zero", "score"), reference=("right", "none", "wrong"),
-                   distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
+                   distill_kl=("token", "full"), log=("files", "tensorboard"), schedule=("constant", "cosine"), readout=READOUTS,
                    dtype=("auto", "float32", "bfloat16"))
     for f in dataclasses.fields(Settings):
         flag = "--" + f.name.replace("_", "-")
@@ -1239,6 +1271,8 @@ def complaint(s: Settings) -> str:
             return f"--{name.replace('_', '-')} must be at least 1"
     if s.temperature <= 0:
         return "--temperature must be above 0: greedy traces of a problem are all the same"
+    if s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        return "--log tensorboard needs a package that is not installed: pip install tensorboard"
     if s.group < 2:
         return "--group must be at least 2: a trace is compared with the others of its problem"
     if s.updates > 1 and s.method in ("sft", "distill"):

@@ -1,20 +1,27 @@
-"""The report: its numbers, files as they are, hostile text, 20,000 traces; the page in a headless browser."""
+"""The report: its numbers, files as they are, hostile text, 20,000 traces; the page in a headless browser.
+Also what else shows a run: the terminal's line, TensorBoard."""
 
+import fcntl
+import importlib.util
 import json
 import math
 import os
+import pty
 import random
 import re
 import select
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import tiny
 
+import exprl
 from experiments import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -173,6 +180,68 @@ def test_20000_traces_in_seconds_and_megabytes(big):
     page = report.build([run], read / 9.5)
     assert sorted({row[2] for row in page["traces"]}) == [*range(1, 100, 10), 100]
     assert "every 10th step" in page["notices"][0]
+
+
+# ---- terminal and TensorBoard ------------------------------------------------------------------------------
+
+
+def on_a_terminal(command, columns: int) -> str:
+    """What the command writes to a terminal so wide."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = tiny.start(*command, stdout=its, stderr=its)
+    os.close(its)
+    written = b""
+    try:
+        while data := os.read(ours, 1 << 16):
+            written += data
+    except OSError:  # Linux's way to say that nobody holds the other end any more
+        pass
+    os.close(ours)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
+def test_a_live_line_on_a_terminal_and_plain_lines_in_a_log(tmp_path):
+    home, flags = tiny.training_world(tmp_path)
+    flags += ["--eval-data", home / "eval.jsonl", "--eval-n", 2, "--eval-k", 1]
+    written = on_a_terminal(["exprl.py", *flags, "--steps", 3, "--out", home / "live"], 70)
+    live = re.findall(r"\rstep [123]/3 ([^\r\n]*)", written)
+    facts = r"\d+ s left  score 0\.\d{3}  accuracy \d+\.\d%  length \d+  unread 0%  [\d,]+ tok/s"
+    assert re.search(r"^\S+ +\d+ s left  score 0\.\d{3}  accuracy \d+\.\d%", live[0])
+    assert max(map(len, live)) <= 70 - len("step 1/3 "), "the line is broken in two"
+    assert " left" not in live[-1] and not re.search(r"^step 1/3  ", written, re.M)
+    log = tiny.run("exprl.py", *flags, "--steps", 3, "--out", home / "log")
+    assert re.search(r"^step 1/3  " + facts + r"  \d+\.\d s$", log.stdout, re.M)
+    assert not re.search(r"[\r\x1b]", log.stdout + log.stderr) and "evaluating" not in log.stdout + log.stderr
+
+
+def test_the_time_left_in_words():
+    seconds = (3.2, 99, 101, 720, 5999, 6001, 86400)
+    assert [exprl.duration(s) for s in seconds] == "3 s,99 s,2 min,12 min,100 min,1.7 h,24.0 h".split(",")
+
+
+def test_tensorboard_is_asked_for_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        exprl.parse(["--log", "tensorboard"])
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                      reason="pip install tensorboard")
+    home, flags = tiny.training_world(tmp_path)
+    flags += ["--eval-data", home / "eval.jsonl", "--eval-n", 2, "--eval-k", 1, "--save-every", 2]
+    tiny.run("exprl.py", *flags, "--steps", 3, "--log", "tensorboard", "--out", home / "run")
+    shutil.rmtree(home / "run/checkpoints/step_3")  # as if killed before it: step 3 is done again
+    tiny.run("exprl.py", "--resume", home / "run", "--steps", 4)
+    events = accumulator.EventAccumulator(str(home / "run/tensorboard")).Reload()
+    logged = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    lines = exprl.read_jsonl(home / "run/metrics.jsonl")
+    assert logged["training/score"] == [(m["step"], pytest.approx(m["score"])) for m in lines if "score" in m]
+    assert [step for step, _ in logged["training/score"]] == [1, 2, 3, 4]
+    assert [step for step, _ in logged["held-out/pass@1"]] == [0, 4]
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------
