@@ -66,43 +66,51 @@ MINIATURE = Path(__file__).parent / "data" / "miniature"
 
 @dataclass(frozen=True)
 class Settings:
-    """One line per flag: its name, its default, and (behind #) its help."""
+    """One line per flag: its name, its default, and (behind #) its help; a comment alone heads a group."""
 
+    # models and data
     model: str = ""  # policy: folder, hub id or bare well-known name; without it the embedded miniature runs
     judge: str = ""  # judge model; default: the policy's own start, frozen, as in the paper
     data: tuple[str, ...] = ("openai/gsm8k",)  # training data: .jsonl, .json, .parquet files or hub data sets
     eval_data: tuple[str, ...] = ()  # held-out problems; default: the hub data set's test split, else none
-    method: str = "outcome"  # outcome (a grade a trace), process (a step), grpo (exact match), sft, distill
-    steps: int = 200  # training steps; one step samples, judges and updates once
+    max_prompt_tokens: int = 2048  # longer questions are reported and left out, never cut
+    skip_bad_rows: bool = False  # count and drop bad rows of the data instead of stopping
+    # sampling
     questions: int = 32  # problems per step
     group: int = 8  # traces per problem
     max_new_tokens: int = 1024  # a trace is cut off here
-    max_prompt_tokens: int = 2048  # longer questions are reported and left out, never cut
     temperature: float = 0.8  # of sampling, and of every log-prob in the loss
+    max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
+    # judging
+    readout: str = ""  # how the judge is read: expected, critique, generate; default: expected or its own
+    reference: str = "right"  # what the judge sees as reference: right, none, wrong (another problem's)
+    step_view: str = "prefix"  # process: the judge sees the trace up to a step's end, or the lone segment
     overlong: str = "zero"  # a trace cut off: zero (process: advantage 0), last (step 0), judge (as is), drop
+    max_unread: float = 0.5  # stop when more than this share of a step's grades cannot be read
+    # method, from grades to advantages
+    method: str = "outcome"  # outcome (a grade a trace), process (a step), grpo (exact match), sft, distill
     norm: str = "std"  # std: (s - mean) / std in the group (GRPO); mean: s - mean (Dr. GRPO)
     process_norm: str = "delta"  # process: delta, end, step-mean; see kernels/token_advantages.py
-    step_view: str = "prefix"  # process: the judge sees the trace up to a step's end, or the lone segment
     step_credit: str = "zero"  # process, delta, a lone step: zero (Eq. 2), or score (the authors' code)
     outcome_domains: tuple[str, ...] = ()  # process: domains whose traces get one grade, under --norm
-    reference: str = "right"  # what the judge sees as reference: right, none, wrong (another problem's)
     distill_kl: str = "token"  # distill: log-ratio of the sampled token, or full: KL over the vocabulary
+    # optimisation
+    steps: int = 200  # training steps; one step samples, judges and updates once
     lr: float = 1e-6  # AdamW
     schedule: str = "constant"  # of the learning rate: constant, or cosine down to 0
     warmup: float = 0.0  # share of the steps over which the learning rate rises from 0
     weight_decay: float = 0.01  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient
+    updates: int = 1  # optimizer updates per step, each on its share of the step's problems
     kl: float = 1e-3  # weight of the k3 KL to the frozen start; 0 = no reference model
     entropy_bonus: float = 0.0  # weight of the policy's entropy per token
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.28  # and above 1 + this (clip-higher)
     dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
-    updates: int = 1  # optimizer updates per step, each on its share of the step's problems
     microbatch_tokens: int = 16384  # tokens (with padding) per forward and backward: lower if memory runs out
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
-    readout: str = ""  # how the judge is read: expected, critique, generate; default: expected or its own
-    max_unread: float = 0.5  # stop when more than this share of a step's grades cannot be read
-    max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
+    # run
+    seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
     eval_every: int = 50  # evaluate every so many steps, and before the first and after the last; 0 = never
     eval_limit: int = 200  # only the first so many held-out problems
     eval_n: int = 4  # traces per held-out problem
@@ -111,12 +119,10 @@ class Settings:
     keep: int = 2  # checkpoints to keep
     show_every: int = 10  # print a sampled trace with its grade every so many steps; 0 = never
     log: str = "files"  # files (.jsonl), or tensorboard: its event files too, for `tensorboard --logdir runs`
-    seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
     out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes the GPU of its number
     judge_device: str = ""  # of the judge: a device, or +4 for the GPU four after this process's own
     dtype: str = "auto"  # of sampling and forward passes: auto, float32, bfloat16; master weights are float32
-    skip_bad_rows: bool = False  # count and drop bad rows of the data instead of stopping
 
 
 # What a method changes in the defaults. Then: preset, the preset for the method, the flags given.
@@ -1115,7 +1121,8 @@ SHOWN = dict(score=".3f", accuracy=".1%", nll=".3f", teacher_kl=".3f", length=".
 def report(bar, metrics: dict, records: list[dict], settings: Settings, recent: deque) -> None:
     """The terminal: a live line, or without a terminal a plain line per step; and a trace now and then."""
     recent.append(metrics["seconds"])
-    facts = [f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items() if metrics.get(name) is not None]
+    facts = [f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items()
+             if metrics.get(name) is not None]
     facts.append(f"{metrics['sample_tok_s'] or metrics['train_tok_s']:,.0f} tok/s")
     left = (settings.steps - metrics["step"]) * sum(recent) / len(recent)  # evaluations come on top
     line = "  ".join([duration(left) + " left"] * (left > 0) + facts)
@@ -1200,33 +1207,54 @@ def append(path: Path, records: list[dict]) -> None:
 # Command line
 
 
+EXAMPLES = """\
+from first look to results
+    python sample.py --model M --data D --n 4 --out traces.jsonl     what can the model do? (pass@k)
+    python judge.py --judge J --data D --traces traces.jsonl         does the judge see it?
+    python exprl.py --model M --judge J --data D --steps 10          score, accuracy, minutes a step
+    python experiments/report.py runs/NAME                           curves, and every trace with its grades
+    python exprl.py --resume runs/NAME --steps 200                   the rest
+    python exprl.py --method grpo --model runs/NAME/model --data D   Stage II
+
+memory is short while sampling or judging: lower --max-rows, then --max-new-tokens; while training: lower
+--microbatch-tokens, then --checkpoint-activations. README.md explains every metric.
+"""
+
+
 def parse(argv=None) -> tuple[Settings, Path | None]:
     """Flags -> (settings, run folder to resume). Defaults < preset or resumed run's config < flags given."""
-    source = Path(__file__).read_text()
-    helps = dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", source[source.index("class Settings"):],
-                            flags=re.MULTILINE))
-    parser = argparse.ArgumentParser(
-        description="ExpRL: mid-train a language model with a judge's dense rewards. "
-                    "Without flags: the embedded miniature.",
-        argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS, help="a set of defaults: " + ", ".join(PRESETS))
+    parser = argparse.ArgumentParser(usage="python exprl.py [flags]", epilog=EXAMPLES,
+                                     description=__doc__[: __doc__.index("Departures")],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="a set of defaults, which flags still change; without --model the miniature's; "
+                             "paper and paper-stage2 are the authors' hyperparameters")
     parser.add_argument("--resume", type=Path, metavar="RUN",
-                        help="go on from the newest checkpoint of this run's folder")
+                        help="go on from the newest checkpoint of this run's folder, with its settings")
     choices = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=("std", "mean"),
                    process_norm=("delta", "end", "step-mean"), step_view=("prefix", "segment"),
                    step_credit=("zero", "score"), reference=("right", "none", "wrong"),
-                   distill_kl=("token", "full"), log=("files", "tensorboard"), schedule=("constant", "cosine"), readout=READOUTS,
-                   dtype=("auto", "float32", "bfloat16"))
-    for f in dataclasses.fields(Settings):
-        flag = "--" + f.name.replace("_", "-")
-        text = (f"{helps[f.name]} (default: {f.default if f.default not in ('', ()) else 'see text'})"
-                .replace("%", "%%"))
-        if f.type == "bool" or isinstance(f.default, bool):
-            parser.add_argument(flag, action="store_true", help=text)
-        elif isinstance(f.default, tuple):
-            parser.add_argument(flag, nargs="+", type=int if f.name == "eval_k" else str, help=text)
+                   distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
+                   log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    source = Path(__file__).read_text().split("class Settings:")[1].split("\n\n\n")[0]
+    for title, name, text in re.findall(r"^    (?:# (.+)|(\w+): [^#\n]+# (.+))$", source, re.MULTILINE):
+        if title:
+            group = parser.add_argument_group(title)
+            continue
+        default, flag = fields[name].default, "--" + name.replace("_", "-")
+        options = dict(help=text.replace("%", "%%"))
+        if default is False:
+            group.add_argument(flag, action="store_true", **options)
+            continue
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        options["help"] += f" (default: {shown})" if shown else ""
+        if isinstance(default, tuple):
+            options |= dict(nargs="+", type=int if name == "eval_k" else str)
         else:
-            parser.add_argument(flag, type=type(f.default), choices=choices.get(f.name), help=text)
+            options |= dict(type=type(default), choices=choices.get(name))
+        group.add_argument(flag, metavar=None if name in choices else name.split("_")[-1].upper(), **options)
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
