@@ -736,7 +736,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
     train = fit(policy, train, settings, "training")
     held_out = fit(policy, held_out, settings, "held-out") if held_out else []
     if not train:
-        raise SystemExit("no training problem is left: raise --max-prompt-tokens")
+        raise SystemExit("no training problem is left: raise --max-prompt-tokens or lower --max-new-tokens")
     policy.model.requires_grad_(True)
     if settings.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -765,11 +765,13 @@ def load_state(settings: Settings, weights: str | None) -> State:
 
 
 def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
-    long = {p.id for p in too_long(policy, problems, settings.max_prompt_tokens)}
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    limit = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
+    long = {p.id for p in too_long(policy, problems, limit)}
     if long:
-        print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds "
-              f"--max-prompt-tokens {settings.max_prompt_tokens}: {', '.join(sorted(long)[:3])} ...",
-              file=sys.stderr)
+        print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds {limit} tokens "
+              "(--max-prompt-tokens, or the model's context less --max-new-tokens): "
+              f"{', '.join(sorted(long)[:3])} ...", file=sys.stderr)
     return [p for p in problems if p.id not in long]
 
 
@@ -1248,8 +1250,8 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
         if default is False:
             group.add_argument(flag, action="store_true", **options)
             continue
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        options["help"] += f" (default: {shown})" if shown else ""
+        value = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        options["help"] += f" (default: {value})" if value else ""
         if isinstance(default, tuple):
             options |= dict(nargs="+", type=int if name == "eval_k" else str)
         else:
@@ -1346,7 +1348,8 @@ def resume_run(run: Path, settings: Settings) -> State:
             print(f"cannot use {errors[-1]}", file=sys.stderr)
     else:
         if errors:
-            raise SystemExit(f"no checkpoint of {run} can be used")
+            raise SystemExit(f"no checkpoint of {run} can be used: start a new run, with the weights "
+                             "of one of them if they load: --model CHECKPOINT")
         state = build_state(settings)  # stopped before its first checkpoint
     if fingerprint(state.train) != config["train_fingerprint"]:
         raise SystemExit(f"the training data is not the one {run} was started with: "

@@ -209,7 +209,7 @@ class Judge:
     def check_view(self, view: str) -> None:
         if view not in self.fixed:
             raise SystemExit(f"this judge does not know the view {view!r} of a trace, only "
-                             f"{', '.join(self.fixed)}")
+                             f"{', '.join(self.fixed)}: take another --judge or --step-view")
 
     def find_digits(self, stem: str) -> list[int]:
         ids = []
@@ -217,7 +217,7 @@ class Judge:
             with_digit = self.encode(stem + digit)
             if with_digit[:-1] != self.stem:
                 raise SystemExit(f"this judge cannot grade: after {stem!r} its tokenizer has no single token "
-                                 f"for {digit!r}")
+                                 f"for {digit!r}: take another --judge")
             ids.append(with_digit[-1])
         return ids
 
@@ -232,7 +232,7 @@ class Judge:
         pieces = re.split("|".join(marks.values()), text)
         if len(pieces) != 4 or re.findall("|".join(marks.values()), text) != list(marks.values()):
             raise SystemExit("the judge's prompt must hold {question}, {reference} and {trace}, once each, "
-                             "in this order")
+                             "in this order: mend USER in judge.py or the prompts.json of the judge's folder")
         return [self.encode(piece) for piece in pieces]
 
     def encode(self, text: str) -> list[int]:
@@ -540,7 +540,7 @@ def read_traces(path: str, problems: list[Problem]) -> list[dict]:
             record["problem"], record["text"], record["correct"]
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(
-                f"{path}:{number}: not a trace written by sample.py --out ({error!r})") from error
+                f"{path}:{number}: not a trace ({error!r}): write the file with sample.py --out") from error
         if record["problem"] not in known:
             raise SystemExit(f"{path}:{number}: problem {record['problem']!r} is not in --data: "
                              "give the data it was sampled from")

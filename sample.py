@@ -985,7 +985,7 @@ def trace_noise(seed: int, trace: int, tokens: int) -> torch.Tensor:
 def end_tokens(model) -> list[int]:
     ends = model.generation_config.eos_token_id
     if ends is None:
-        raise ValueError("the model's generation config names no end token: give end_ids")
+        raise ValueError("the model's generation_config.json names no eos_token_id: add it, or give end_ids")
     return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
@@ -1038,7 +1038,11 @@ def problems_or_exit(specs, split: str, **options) -> list[Problem]:
 
 
 def pick_device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    found = torch.cuda.is_available()
+    if device not in ("auto", "cpu") and not (found and device.startswith("cuda")):
+        raise SystemExit(f"--device {device}: not a device that torch sees here: take cpu or auto, or look at "
+                         "nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return ("cuda" if found else "cpu") if device == "auto" else device
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
@@ -1102,7 +1106,7 @@ def main() -> None:
     if args.n < 1 or max(ks) > args.n or min(ks) < 1:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")
     if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: the folder {args.out.parent} does not exist")
+        parser.error(f"--out: the folder {args.out.parent} does not exist: create it")
     problems = problems_or_exit(args.data, "test", skip_bad_rows=args.skip_bad_rows)[: args.limit]
     device = pick_device(args.device)
     lm = load_lm(args.model, device, pick_dtype(args.dtype, device))
@@ -1112,7 +1116,7 @@ def main() -> None:
               "prompt tokens", file=sys.stderr)
         problems = [p for p in problems if p.id not in long]
     if not problems:
-        parser.error("no problem is left to sample")
+        parser.error("no problem is left to sample: raise --max-prompt-tokens")
     if args.max_new_tokens is None:
         room = lm.model.config.max_position_embeddings - max(len(lm.chat(p.question)) for p in problems)
         args.max_new_tokens = min(1024, room)

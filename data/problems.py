@@ -69,7 +69,7 @@ def load_problems(spec: str | list[str], *, split: str = "train", skip_bad_rows:
         domains += [domain] * (len(files) - len(domains))
     full = [file.absolute() for file in files]
     if len(set(full)) < len(full):
-        raise ValueError(f"the same file is named twice: {max(full, key=full.count)}")
+        raise ValueError(f"the same file is named twice: {max(full, key=full.count)}: name it once")
     paths = [file.with_suffix("") for file in full]
     if len(set(paths)) < len(paths):  # a.json beside a.jsonl
         paths = full
@@ -102,7 +102,7 @@ def _load_file(file: Path, name: str, domain: str, skip_bad_rows: bool, need_sol
             bad.append(f"{place}: {reason}")
     total = len(problems) + len(bad)
     if not total:
-        raise BadRows(f"{file}: no rows")
+        raise BadRows(f"{file}: no rows: write a problem a line, as {SCHEMAS}")
     if not bad:
         return problems
     more = [f"and {len(bad) - 5} more"] if len(bad) > 5 else []
@@ -239,14 +239,15 @@ def _find_files(spec: str, split: str) -> list[Path]:
     path = Path(spec).expanduser()
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"{spec}: not a {', '.join(SUFFIXES)} file")
+            raise ValueError(f"{spec}: not a {', '.join(SUFFIXES)} file: convert it to one of these")
         return [path]
     source, config, own_split = (spec, "", "") if path.is_dir() else (*spec.split(":", 2), "", "")[:3]
     folder, split = Path(source).expanduser(), own_split or split
     if folder.is_dir():
         return [folder / name for name in _choose_files(_list_files(folder), spec, config, split)]
     if folder.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise ValueError(f"{spec}: no such file or folder, nor a hub name (owner/name[:config[:split]])")
+        raise ValueError(f"{spec}: no such file or folder, nor a hub name (owner/name[:config[:split]]): "
+                         "check the path")
     return _hub_files(source, spec, config, split)
 
 
@@ -295,7 +296,7 @@ def _choose_files(names: list[str], spec: str, config: str, split: str) -> list[
             own = "/".join(part for part in folders if part.lower() not in ("data", *_SPLITS))
             configs.setdefault(own or "default", []).append(name)
     if not configs:
-        raise ValueError(f"{spec}: holds no {', '.join(SUFFIXES)} file")
+        raise ValueError(f"{spec}: holds no {', '.join(SUFFIXES)} file: name the folder or file that does")
     source = spec.split(":")[0]
     if not config:
         config = next((one for one in ("main", "default") if one in configs), "")
@@ -314,5 +315,6 @@ def _choose_files(names: list[str], spec: str, config: str, split: str) -> list[
         shards = _SHARD.search(name)
         here = sum(_SHARD.sub("", other) == _SHARD.sub("", name) for other in chosen)
         if shards and here != int(shards[1]):
-            raise ValueError(f"{spec}: only {here} of the {int(shards[1])} parts of {name} are here")
+            raise ValueError(f"{spec}: only {here} of the {int(shards[1])} parts of {name} are here: "
+                             "download the others, too")
     return chosen
