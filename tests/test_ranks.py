@@ -1,4 +1,4 @@
-"""Several processes (gloo, on a CPU): the weights of one, resuming with another number, failures that end all."""
+"""Several processes (gloo, on a CPU): the weights of one, another number of them, failures that end all."""
 
 import json
 import os
@@ -20,7 +20,7 @@ VARIANTS = {
     "outcome": ["--updates", "2", "--checkpoint-activations", "--eval-data", "EVAL", "--eval-every", "1",
                 "--eval-n", "3", "--eval-k", "1", "3"],
     "process": ["--method", "process", "--entropy-bonus", "0.01"],
-    "grpo": ["--method", "grpo", "--kl", "0"],  # exact match is rare: rows, and whole processes, have no gradient
+    "grpo": ["--method", "grpo", "--kl", "0"],  # exact match is rare: whole processes may have no gradient
     "sft": ["--method", "sft"],
     "distill": ["--method", "distill", "--distill-kl", "full"],
     "bfloat16": ["--dtype", "bfloat16"],
@@ -54,8 +54,8 @@ for flags, fault in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     home, flags = tiny.training_world(tmp_path_factory.mktemp("ranks"))
-    return home, [*flags, "--questions", "8", "--overlong", "judge", "--steps", "2", "--lr", "1e-4", "--save-every", "1",
-                  "--keep", "9"]
+    return home, [*flags, "--questions", "8", "--overlong", "judge", "--steps", "2", "--lr", "1e-4",
+                  "--save-every", "1", "--keep", "9"]
 
 
 def torchrun(count: int, *command) -> list[str]:
@@ -64,8 +64,8 @@ def torchrun(count: int, *command) -> list[str]:
 
 
 def launch(count: int, *command, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(torchrun(count, *command), cwd=tiny.ROOT, env=os.environ | tiny.ENVIRONMENT, text=True,
-                          capture_output=True, timeout=100, **options)
+    return subprocess.run(torchrun(count, *command), cwd=tiny.ROOT, env=os.environ | tiny.ENVIRONMENT,
+                          text=True, capture_output=True, timeout=240, **options)
 
 
 def worker(home: Path, count: int, *runs) -> subprocess.CompletedProcess:
@@ -76,8 +76,15 @@ def worker(home: Path, count: int, *runs) -> subprocess.CompletedProcess:
     return launch(count, script, json.dumps([(list(map(str, flags)), fault) for flags, fault in runs]))
 
 
-def weights(folder: Path) -> dict:
-    return {key: value for path in folder.glob("model*.safetensors") for key, value in load_file(path).items()}
+def weights(folder: Path, stem: str = "model") -> dict:
+    parts = [load_file(path) for path in folder.glob(f"{stem}*.safetensors")]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def gradients(folder: Path) -> torch.Tensor:
+    """What the optimizer keeps of them: after one step, a tenth."""
+    moments = weights(folder, "optimizer")
+    return torch.cat([moments[key].flatten() for key in sorted(moments) if key.endswith(":exp_avg")])
 
 
 def far(a: dict, b: dict) -> float:
@@ -112,10 +119,11 @@ def runs(world):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_end_with_the_weights_of_one(runs, name):
     one, two = runs / f"{name}-1", runs / f"{name}-2"
+    ours, theirs = (exprl.read_jsonl(run / "rollouts.jsonl")[:32] for run in (one, two))
+    assert [(r["problem"], r["text"]) for r in ours] == [(r["problem"], r["text"]) for r in theirs]
     if name == "bfloat16":  # autocast over float32 masters here, masters gathered in bfloat16 there
-        before, *after = (torch.cat([value.flatten() for _, value in sorted(weights(folder).items())])
-                          for folder in (runs / "policy", one / "checkpoints/step_2", two / "checkpoints/step_2"))
-        assert torch.cosine_similarity(*(end - before for end in after), dim=0) > 0.9
+        ours, theirs = (gradients(run / "checkpoints" / "step_1") for run in (one, two))
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.98
         return
     for folder in ("checkpoints/step_1", "checkpoints/step_2", "model"):
         assert far(weights(one / folder), weights(two / folder)) <= 1e-6, folder
@@ -123,8 +131,6 @@ def test_two_processes_end_with_the_weights_of_one(runs, name):
         for key in a.keys() - {"seconds", "peak_gb", "tokens_per_second"}:
             if not key.endswith("tok_s"):
                 assert b[key] == pytest.approx(a[key], abs=1e-5), key
-    ours, theirs = (exprl.read_jsonl(run / "rollouts.jsonl") for run in (one, two))
-    assert [(r["problem"], r["text"]) for r in ours] == [(r["problem"], r["text"]) for r in theirs]
 
 
 def test_transformers_loads_a_checkpoint_in_parts(runs):
@@ -148,14 +154,15 @@ def test_another_number_of_processes_goes_on(world, runs, first, then):
         assert done.returncode == 0, done.stderr[-3000:]
     straight = home / "outcome-straight"
     if not straight.exists():
-        alone([*flags, *(home / "eval.jsonl" if f == "EVAL" else f for f in VARIANTS["outcome"]), "--steps", "4",
-               "--out", straight])
+        more = [home / "eval.jsonl" if f == "EVAL" else f for f in VARIANTS["outcome"]]
+        alone([*flags, *more, "--steps", "4", "--out", straight])
     assert far(weights(run / "model"), weights(straight / "model")) < 2e-6
     assert [m["step"] for m in metrics(run) if "accuracy" in m] == [1, 2, 3, 4]
 
 
 def test_devices_of_a_process(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [exprl.own_device(d) for d in ("+4", "cpu", "cuda:1")] == ["cuda:6", "cpu", "cuda:1"]
     monkeypatch.setattr(exprl, "ranks", lambda: 8)
     assert exprl.own_device("cuda") == "cuda:2"
@@ -193,7 +200,8 @@ def test_bad_input_is_said_once(world):
     home, flags = world
     (home / "bad.jsonl").write_text('{"question": ""}\n')
     done = launch(2, "exprl.py", *flags, "--data", home / "bad.jsonl", "--out", home / "none")
-    assert done.returncode == 1 and done.stderr.count("1 of 1 rows are bad") == 1 and not (home / "none").exists()
+    assert done.returncode == 1 and done.stderr.count("1 of 1 rows are bad") == 1
+    assert not (home / "none").exists()
     done = launch(2, "exprl.py", *flags, "--questions", "3", "--updates", "2")
     assert done.returncode != 0 and done.stderr.count("--questions must be at least") == 1
 
