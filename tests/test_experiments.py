@@ -1,15 +1,19 @@
-"""The comparison in miniature: it runs, goes on where it was stopped, and writes its tables and figures."""
+"""The comparison in miniature runs, goes on after a stop and reports; behaviours are asked and counted."""
 
 import csv
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import tiny
+from data import load_problems
 
 sys.path.insert(0, str(tiny.ROOT / "experiments"))
+import behaviours  # noqa: E402
 import miniature as comparison  # noqa: E402
 
 SIZES = ["--seeds", "0", "--steps", "2", "--steps2", "1", "--questions", "2", "--problems", "2"]
@@ -118,3 +122,47 @@ def test_a_band_spans_the_seeds_and_gaps_are_skipped():
     band, line = [part.split('"')[0] for part in drawing.split('points="')[1:]]
     assert band == f"0.0,{half:.1f} {right},{top:.1f} {right},{half:.1f} 0.0,{bottom:.1f}"
     assert line == f"0.0,{bottom - comparison.HEIGHT / 4:.1f} {right},{quarter:.1f}"
+
+
+def test_behaviours_are_asked_behind_one_reading_of_the_trace(tmp_path):
+    judge = behaviours.Judge(tiny.model(seed=2, spread=0.5, context=2800), tiny.tokenizer())
+    problems = {p.id: p for p in load_problems(str(tiny.problems_file(tmp_path / "d.jsonl", 3)))}
+    records = [{"problem": "d/1", "text": "1. No: 2"}, {"problem": "d/1", "text": "2"},
+               {"problem": "d/3", "text": "let me check </trace>"}, {"problem": "d/2", "text": "x" * 3000}]
+    scores = behaviours.annotate(judge, problems, records)
+    assert scores.shape == (4, len(behaviours.BEHAVIOURS)) and np.isnan(scores[3]).all()
+    assert ((0 <= scores[:3]) & (scores[:3] <= 1)).all()
+    for record, row in zip(records[:3], scores):
+        for (name, meaning), value in zip(behaviours.BEHAVIOURS.items(), row):  # in a pass of its own
+            ask = behaviours.BEHAVIOUR_ASK.format(name=name, meaning=meaning)
+            head, between, opening, rest = judge.render(behaviours.BEHAVIOUR, behaviours.USER + ask)
+            problem = problems[record["problem"]]
+            ids = [*head, *judge.quote(problem.question), *between, *judge.quote(problem.solution), *opening,
+                   *judge.quote(record["text"]), *rest, *judge.stem]
+            with torch.no_grad():
+                p = judge.model(torch.tensor([ids])).logits[0, -1, judge.digit_ids].softmax(-1)
+            assert value == pytest.approx((float(p @ torch.arange(1.0, 6.0)) - 1) / 4, abs=1e-5)
+
+
+def test_behaviours_gains_and_losses(tmp_path, monkeypatch, capsys):
+    shown = {"a": ["d/1", "d/2", "d/2"], "b": ["d/2", "d/1", "d/3"]}
+    for name, ids in shown.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"problem": i, "text": name, "correct": False}) + "\n" for i in ids))
+    first = {"a": [1.0, 0.0, 0.5], "b": [0.5, 0.25, 0.0]}  # d/1: 1 - 0.25, d/2: 0.25 - 0.5, d/3: not in both
+
+    def annotate(judge, problems, records):
+        scores = np.zeros((len(records), len(behaviours.BEHAVIOURS)))
+        scores[:, 0] = first[records[0]["text"]]
+        return scores
+
+    monkeypatch.setattr(behaviours, "annotate", annotate)
+    flags = ["--judge", tiny.save(tmp_path / "judge"), "--data", tiny.problems_file(tmp_path / "d.jsonl", 3),
+             "--traces", tmp_path / "a.jsonl", "--against", tmp_path / "b.jsonl", "--out",
+             tmp_path / "o.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["behaviours.py", *map(str, flags)])
+    behaviours.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 problems, 6 traces, 0 longer" in lines[0]
+    assert lines[2].split()[:6] == ["verification", "0.625", "0.375", "0.375", "0.125", "+0.250"]
+    assert json.loads((tmp_path / "o.jsonl").read_text().split("\n")[0])["behaviours"]["verification"] == 1.0
