@@ -53,7 +53,7 @@ if _ours is not None:
     sys.modules["kernels"] = _ours
 
 from data import Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
-from kernels import choose_token, paged_attention, plan_pages  # noqa: E402
+from kernels import choose_token, paged_attention, plan_pages, token_logprob  # noqa: E402
 from kernels.choose_token import triton, triton_choose  # noqa: E402
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would tear ours
@@ -397,19 +397,20 @@ class Piece:
 
 
 def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) -> list[Piece]:
-    """ids[start:] in runs of `chunk`. forks: (cut, suffix, result row): what follows ids[:cut] + suffix?
+    """ids[start:] in runs of `chunk`. forks: (cut, suffix, result rows): what follows ids[:cut] + suffix? With
+    several rows: what follows each of its last tokens?
 
     All suffixes ride behind the last run; the mask lets each see ids[:cut] and itself."""
     pieces = []
     for a in range(start, len(ids), chunk):
         b = min(a + chunk, len(ids))
         own, positions = list(ids[a:b]), list(range(a, b))
-        reads = [(cut - 1 - a, row) for cut, suffix, row in forks if not suffix and a < cut <= b]
+        reads = [(cut - 1 - a, rows[0]) for cut, suffix, rows in forks if not suffix and a < cut <= b]
         tails = [fork for fork in forks if fork[1]] if b == len(ids) else []
-        for cut, suffix, row in tails:
+        for cut, suffix, rows in tails:
             own += suffix
             positions += range(cut, cut + len(suffix))
-            reads.append((len(own) - 1, row))
+            reads += zip(range(len(own) - len(rows), len(own)), rows)
         mask, T = None, len(own)
         if a or tails:
             mask = torch.ones(T, a + T, dtype=torch.bool).tril_(a)
@@ -590,24 +591,46 @@ class Sampler:
         with the one before (rubric, question, reference) are computed once: let such prompts stand together.
         """
         forks = forks or [[(len(prompt), [])] for prompt in prompts]
-        longest = [max([cut + len(suffix) for cut, suffix in some], default=0) for some in forks]
+        weight = self.model.get_output_embeddings().weight
+        weight = weight[torch.tensor(token_ids, device=weight.device)]
+        rows = iter(range(sum(map(len, forks))))
+        asked = [[(cut, list(suffix), [next(rows)]) for cut, suffix in some] for some in forks]
+        out = torch.zeros(sum(map(len, forks)), len(token_ids))
+        for hidden, reads in self.read(prompts, asked):
+            out[reads] = (hidden @ weight.T).float().cpu()
+        return out
+
+    @torch.inference_mode()
+    def target_logprobs(self, prompts: list[list[int]],
+                        forks: list[list[tuple[int, list[int], list[int]]]]) -> list[torch.Tensor]:
+        """How likely is `target` after prompt[:cut] + suffix, for forks of (cut, suffix, target), none empty?
+        One tensor a fork, in order: the log-prob f32 of each of the target's tokens. Shares what `next_logits`
+        shares."""
+        targets = [target for some in forks for _, _, target in some]
+        ids = torch.tensor([t for target in targets for t in target], dtype=torch.long)
+        rows = iter(range(len(ids)))
+        asked = [[(cut, suffix + target[:-1], [next(rows) for _ in target]) for cut, suffix, target in some]
+                 for some in forks]
+        weight, out = self.model.get_output_embeddings().weight, torch.zeros(len(ids))
+        for hidden, reads in self.read(prompts, asked):
+            out[reads] = token_logprob(hidden, weight, ids[reads].to(hidden.device), 1.0)[0].cpu()
+        return list(out.split([len(target) for target in targets]))
+
+    def read(self, prompts, forks):
+        """forks: per prompt (cut, suffix, result rows), see cut_pieces. Yields (hidden (reads,d), their rows)."""
+        longest = [max([cut + len(suffix) for cut, suffix, _ in some], default=0) for some in forks]
         self.check(prompts, 0, 1.0, longest)
         for i, (prompt, some) in enumerate(zip(prompts, forks, strict=True)):
-            if any(not 0 < cut <= len(prompt) for cut, _ in some):
+            if any(not 0 < cut <= len(prompt) for cut, _, _ in some):
                 raise ValueError(f"prompt {i} of {len(prompt)} tokens cannot be cut at "
-                                 f"{[cut for cut, _ in some]}")
-        head = self.model.get_output_embeddings()
-        weight = head.weight[torch.tensor(token_ids, device=self.model.device)]
-        out = torch.zeros(sum(map(len, forks)), len(token_ids))
+                                 f"{[cut for cut, _, _ in some]}")
         if not self.covered:
-            asked = [p[:cut] + list(suffix) for p, some in zip(prompts, forks) for cut, suffix in some]
-            for row, ids in enumerate(asked):
-                hidden = self.model.base_model(torch.tensor([ids], device=self.model.device), use_cache=False)
-                out[row] = (hidden.last_hidden_state[0, -1] @ weight.T).float()
-            return out
-        rows, waiting = iter(range(len(out))), deque()
-        for prompt, some in zip(prompts, forks):
-            waiting.append((list(prompt), [(cut, list(suffix), next(rows)) for cut, suffix in some]))
+            for prompt, some in zip(prompts, forks):
+                for cut, suffix, rows in some:
+                    ids = torch.tensor([prompt[:cut] + suffix], device=self.model.device)
+                    yield self.model.base_model(ids, use_cache=False).last_hidden_state[0, -len(rows):], rows
+            return
+        waiting = deque((list(prompt), some) for prompt, some in zip(prompts, forks))
         pages = -(-max(map(len, prompts), default=1) // PAGE)
         with self.open(2 * pages + self.prefill_tokens // PAGE, pages) as cache:
             kept: list[Page] = []  # those of the last prompt: its neighbour may start alike
@@ -630,14 +653,12 @@ class Sampler:
                     held.append(own)
                     batch += cut_pieces(ids, start, own, some)
                     tokens += len(ids) - start + sum(len(suffix) for _, suffix, _ in some)
-                for hidden, reads in self.prefill(cache, batch):
-                    out[reads] = (hidden @ weight.T).float().cpu()
+                yield from self.prefill(cache, batch)
                 cache.table.drop(kept)
                 kept = held.pop()
                 for own in held:
                     cache.table.drop(own)
             cache.table.drop(kept)
-        return out
 
     def prefill(self, cache: Cache, pieces: list[Piece]) -> list[tuple[torch.Tensor, list[int]]]:
         """Fill pages, in passes of about `prefill_tokens`. Yields (hidden (reads, d), their result rows)."""

@@ -94,8 +94,29 @@ def test_readouts(readout):
         assert all(math.isnan(v.grades[0]) for v in verdicts)  # a random model writes no "Score: d"
     else:
         assert all(0 <= v.grades[0] <= 1 for v in verdicts)
-    assert all(bool(v.raw) == (readout != "expected") for v in verdicts)
+    assert all(bool(v.raw) == (readout in ("critique", "generate")) for v in verdicts)
     assert judge.tokens > 0
+
+
+def test_likelihood_is_the_probability_of_the_references_answer():
+    judge = Judge(tiny.model(seed=1, spread=0.5), tiny.tokenizer(), readout="likelihood")
+    steps = ["### a\nfirst ", "### b\n</trace>second"]
+    verdict, = judge.grade([PROBLEM], [steps], "prefix")
+    target = judge.quote("4}")
+    for k, grade in enumerate(verdict.grades):
+        before, rest = judge.prompt(PROBLEM)
+        ids = before + judge.quote(steps[0]) + (judge.quote(steps[1]) if k else []) + rest + judge.stem
+        with torch.no_grad():
+            logp = judge.model(torch.tensor([ids + target])).logits[0, -len(target) - 1 : -1].log_softmax(-1)
+        assert grade == pytest.approx(float(logp[range(len(target)), target].mean().exp()), abs=1e-5)
+    shown = judge.tokenizer.decode(before)
+    assert PROBLEM.question in shown and PROBLEM.solution not in shown  # it is to be predicted, not read
+    boxed = replace(PROBLEM, answer="")  # then the reference's box is looked for
+    assert judge.grade([boxed], ["".join(steps)])[0].grades == pytest.approx(verdict.grades[-1:], abs=1e-5)
+    unknown = judge.grade([replace(boxed, solution="No number.")], ["x"])[0]
+    assert math.isnan(unknown.grades[0]) and "no final answer" in unknown.raw
+    with pytest.raises(SystemExit, match="does not know the view"):
+        judge.grade([PROBLEM], [steps], "segment")
 
 
 @pytest.mark.parametrize("reply, grade", [
@@ -158,7 +179,8 @@ def test_domains_have_their_own_rubrics(judge):
         assert words["work"] in heads[domain] and "{" not in heads[domain].split("<problem>")[0]
     grades = judge.grade([replace(PROBLEM, domain=d) for d in DOMAINS], ["four"] * 4)
     assert len({v.grades for v in grades}) == 4
-    own = Judge(tiny.model(), tiny.tokenizer(), {"user": "{question}{reference}{trace}", "system": {"outcome": "r"}})
+    prompts = {"user": "{question}{reference}{trace}", "system": {"outcome": "r"}}
+    own = Judge(tiny.model(), tiny.tokenizer(), prompts)
     assert own.prompt(replace(PROBLEM, domain="code")) == own.prompt(PROBLEM)
 
 

@@ -100,6 +100,22 @@ def test_forks_read_every_cut_in_one_pass():
         Sampler(net).next_logits([[1, 2]], [3], [[(0, [1])]])
 
 
+def test_target_logprobs_are_those_of_a_full_pass():
+    net = tiny.model(seed=5)
+    prompts = [[i % 250 for i in range(80)] + p for p in random_prompts(4, 60, seed=1)]
+    forks = [[(len(p), [7], [5, 6, 9]), (40, [7, 8, 9], [1]), (len(p), [3, 4], [2, 2])] for p in prompts]
+    for sampler in (Sampler(net, prefill_tokens=100), Sampler(net)):
+        for covered in (True, False):
+            sampler.covered = covered
+            got = iter(sampler.target_logprobs(prompts, forks))
+            for p, some in zip(prompts, forks):
+                for cut, suffix, target in some:
+                    ids = torch.tensor([p[:cut] + suffix + target])
+                    with torch.no_grad():
+                        logp = net(ids).logits[0, -len(target) - 1 : -1].log_softmax(-1)
+                    assert torch.allclose(next(got), logp[range(len(target)), target], atol=1e-4)
+
+
 @pytest.mark.parametrize("pages", [None, 9])
 def test_a_forced_stem_continues_the_reply(pages):
     """The critique judge: reply, stem, logits, with pauses in all phases when pages are few."""
