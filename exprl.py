@@ -55,7 +55,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Problem, is_correct
-from judge import READOUTS, Judge, Verdict, with_reference
+from judge import READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from sample import LM, Rollout, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit
@@ -82,10 +82,11 @@ class Settings:
     temperature: float = 0.8  # of sampling, and of every log-prob in the loss
     max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
     # judging
-    readout: str = ""  # how the judge is read: expected, critique, generate; default: expected or its own
+    readout: str = ""  # expected, critique, generate, likelihood (see judge.py); default: expected or its own
     reference: str = "right"  # what the judge sees as reference: right, none, wrong (another problem's)
     step_view: str = "prefix"  # process: the judge sees the trace up to a step's end, or the lone segment
     overlong: str = "zero"  # a trace cut off: zero (process: advantage 0), last (step 0), judge (as is), drop
+    check_judge: int = 8  # before step 1, does it rank the traces of so many problems? 0 = no such check
     max_unread: float = 0.5  # stop when more than this share of a step's grades cannot be read
     # method, from grades to advantages
     method: str = "outcome"  # outcome (a grade a trace), process (a step), grpo (exact match), sft, distill
@@ -242,17 +243,30 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
     sampled = settings.method != "sft"
     group = settings.group if sampled else 1
     moving = [r["advantage"] != [0.0, 0.0] for r in records]
-    graded = [r["grades"] for r in records if r["grades"] and None not in r["grades"]]
+    scores = [mean(r["grades"]) if r["grades"] and None not in r["grades"] else None for r in records]
+    correct = [r["correct"] for r in records]
+
+    def averages(rows) -> dict:
+        graded = [scores[i] for i in rows if scores[i] is not None]
+        return {"score": mean(graded) if settings.method in JUDGED else None,
+                "accuracy": mean([correct[i] for i in rows]) if sampled else None}
+
     tokens = sum(r["tokens"] for r in records)
     metrics = {
-        "score": mean([mean(grades) for grades in graded]) if settings.method in JUDGED else None,
-        "accuracy": mean([r["correct"] for r in records]) if sampled else None,
+        **averages(range(len(records))),
         "length": tokens / len(records),
         "headings": mean([count_headings(r["text"]) for r in records]),
         "cut_off": mean([not r["finished"] for r in records]),
         "unread": mean([None in r["grades"] for r in records]),
         "zero_groups": mean([not any(moving[i : i + group]) for i in range(0, len(records), group)]),
     }
+    domains = sorted({r["domain"] for r in records})
+    if len(domains) > 1:
+        metrics["domains"] = {d: averages([i for i, r in enumerate(records) if r["domain"] == d])
+                              for d in domains}
+    if settings.method in JUDGED:  # a trace cut off has its grade from --overlong, not from the judge
+        own = [s if r["finished"] else None for s, r in zip(scores, records)]
+        metrics["judge_corr"] = corr_in_groups(own, correct, group)
     if settings.method == "process":
         metrics["step_grades"] = mean_by_position(
             [r["grades"] for r in records if r["domain"] not in settings.outcome_domains])
@@ -1051,11 +1065,14 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
         # what a killed run logged after its checkpoint is about to be done, and logged, again
         state.board = SummaryWriter(run / "tensorboard", purge_step=state.step + 1)
     recent = deque(maxlen=20)  # seconds of the last steps
+    history = [m for m in read_jsonl(metrics_file) if "accuracy" in m]
     terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else, with `| tee log` too, plain lines
     with Interrupts() as state.interrupts, tqdm(
             total=settings.steps, initial=state.step, disable=not terminal, dynamic_ncols=True,
             bar_format="step {n_fmt}/{total_fmt} {bar:6} {desc}") as bar:
         try:
+            if state.step == 0 and state.judge and settings.check_judge and settings.reference == "right":
+                check_judge(state, settings, bar)
             while True:
                 last = state.step == settings.steps
                 due = state.step == 0 or last or settings.eval_every and state.step % settings.eval_every == 0
@@ -1071,6 +1088,11 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 state.step += 1
                 state.interrupts.settle()
                 report(bar, metrics, records, settings, recent)
+                history.append(metrics)
+                if gamed(history) and not gamed(history[:-1]):
+                    bar.write(f"ALARM, step {state.step}: over the last 20 steps the judge's score rose "
+                              "while accuracy fell. The policy may be gaming the judge: read its best-graded "
+                              "wrong traces in rollouts.jsonl")
                 if state.bad_updates >= 3:
                     raise Stop("the gradient was not finite in three updates in a row, which were skipped: "
                                "lower --lr, or check the model in --dtype float32")
@@ -1082,6 +1104,20 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
             if state.step and (not state.interrupts.deferred if ranks() == 1 else isinstance(error, Stop)):
                 save_checkpoint(state, run, settings)
             raise
+
+
+def check_judge(state: State, settings: Settings, bar) -> None:
+    """--check-judge: sampled traces and their problems' references, graded before anything is trained."""
+    state.phase = "judging"
+    with together(state):
+        if rank() == 0:
+            problems = state.train[: settings.check_judge]
+            records = traces_of(replace(state.policy, model=state.sampling), problems, 4,
+                                settings.max_new_tokens, settings.temperature, settings.seed)
+            word, reason = check(state.judge, problems, records, settings.seed)
+            bar.write(f"judge, on {len(problems)} problems: {word}; {reason}" + (
+                "" if word == "usable" else "\n  WARNING: calibrate it with `python judge.py` before you "
+                "trust this run (--check-judge 0 skips this check)"))
 
 
 def evaluation(state: State, settings: Settings, run: Path, bar) -> None:

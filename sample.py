@@ -397,8 +397,8 @@ class Piece:
 
 
 def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) -> list[Piece]:
-    """ids[start:] in runs of `chunk`. forks: (cut, suffix, result rows): what follows ids[:cut] + suffix? With
-    several rows: what follows each of its last tokens?
+    """ids[start:] in runs of `chunk`. forks: (cut, suffix, result rows): what follows ids[:cut] + suffix?
+    With several rows: what follows each of its last tokens?
 
     All suffixes ride behind the last run; the mask lets each see ids[:cut] and itself."""
     pieces = []
@@ -604,8 +604,8 @@ class Sampler:
     def target_logprobs(self, prompts: list[list[int]],
                         forks: list[list[tuple[int, list[int], list[int]]]]) -> list[torch.Tensor]:
         """How likely is `target` after prompt[:cut] + suffix, for forks of (cut, suffix, target), none empty?
-        One tensor a fork, in order: the log-prob f32 of each of the target's tokens. Shares what `next_logits`
-        shares."""
+        One tensor a fork, in order: the log-prob f32 of each of the target's tokens. Shares what
+        `next_logits` shares."""
         targets = [target for some in forks for _, _, target in some]
         ids = torch.tensor([t for target in targets for t in target], dtype=torch.long)
         rows = iter(range(len(ids)))
@@ -617,7 +617,7 @@ class Sampler:
         return list(out.split([len(target) for target in targets]))
 
     def read(self, prompts, forks):
-        """forks: per prompt (cut, suffix, result rows), see cut_pieces. Yields (hidden (reads,d), their rows)."""
+        """forks: per prompt (cut, suffix, result rows), see cut_pieces. Yields hidden (reads,d), the rows."""
         longest = [max([cut + len(suffix) for cut, suffix, _ in some], default=0) for some in forks]
         self.check(prompts, 0, 1.0, longest)
         for i, (prompt, some) in enumerate(zip(prompts, forks, strict=True)):

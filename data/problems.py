@@ -165,7 +165,7 @@ def _options(row: dict) -> dict[str, str]:
 
 
 def _chosen(row: dict, options: dict[str, str]) -> str:
-    """The right option's letter: `answer` or `answerKey` as a letter, a place from 0, or the option's text."""
+    """The right option's letter: `answer` or `answerKey` as a letter, place from 0, or the option's text."""
     if type(row.get("answer")) is int and 0 <= row["answer"] < len(options):
         return list(options)[row["answer"]]
     answer = _text(row, "answer") or _text(row, "answerKey")

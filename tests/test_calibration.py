@@ -1,4 +1,4 @@
-"""Calibration of judges: statistics against plain versions, hostile probes, the program, the watch on a run."""
+"""Calibration of judges: statistics against plain versions, probes, the program, the watch on a run."""
 
 import json
 import math
@@ -12,6 +12,7 @@ import tiny
 
 from data import Problem, is_correct, load_problems
 from data import miniature as mini
+from exprl import Settings, trace_metrics
 from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, check, corr_in_groups, correlation,
                    gamed, probe, probe_traces, usable)
 from sample import load_lm
@@ -196,3 +197,19 @@ def test_alarm_when_the_score_rises_and_accuracy_falls():
     assert not gamed(run(0.01, 0.01)) and not gamed(run(-0.01, -0.01)) and not gamed(run(0, 0))
     assert not gamed(run(0.01, -0.01, 19))  # not yet enough steps
     assert not gamed([m | {"score": None} for m in run(0.01, -0.01)])
+
+
+def test_a_step_reports_its_domains_and_how_the_judge_agrees():
+    settings = Settings(group=2)
+
+    def record(domain, grade, correct, finished=True):
+        return {"domain": domain, "grades": [grade], "correct": correct, "finished": finished, "text": "",
+                "tokens": 1, "advantage": [0.0, 1.0]}
+
+    records = [record("math", 1.0, True), record("math", 0.5, False), record("science", 0.2, False),
+               record("science", None, True), record("math", 0.9, True), record("math", 0.0, False, False)]
+    metrics = trace_metrics(settings, records)
+    assert metrics["domains"] == {"math": {"score": pytest.approx(0.6), "accuracy": 0.5},
+                                  "science": {"score": pytest.approx(0.2), "accuracy": 0.5}}
+    assert metrics["judge_corr"] == pytest.approx(1.0)  # of the first problem alone: unread, cut off
+    assert "domains" not in trace_metrics(settings, records[:2])

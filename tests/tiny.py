@@ -86,7 +86,7 @@ def training_world(home: Path) -> tuple[Path, list[str]]:
     flags = ["--model", home / "policy", "--judge", home / "judge", "--data", home / "train.jsonl",
              "--questions", 3, "--group", 4, "--max-new-tokens", 12, "--lr", 1e-3, "--kl", 0.01,
              "--show-every", 2, "--eval-every", 0, "--temperature", 1.0, "--microbatch-tokens", 4000,
-             "--device", "cpu"]
+             "--check-judge", 0, "--device", "cpu"]
     return home, [str(f) for f in flags]
 
 
