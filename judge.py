@@ -473,21 +473,20 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
     """calibrate's rows -> ("usable", "weak" or "noise", the reason and what to try next)."""
     known = f"AUROC {right['auroc']:.2f} ({right['auroc_low']:.2f} to {right['auroc_high']:.2f})"
     drop = right["auroc"] - wrong["auroc"] if wrong else math.nan
-    other = [r for r in READOUTS if r != right["readout"]]
+    remedy = ("try a larger judge" if right["readout"] == "likelihood"
+              else "try --readout likelihood, or a larger judge")
     if right["unread"] > 0.2:
         return "noise", (f"{right['unread']:.0%} of its grades cannot be read; try --readout expected, which "
                          "always can")
     if math.isnan(right["auroc"]):
-        return "noise", "no sign of the contrary: it takes right and wrong traces to tell; sample more"
+        return "noise", "for all one can tell: that takes right and wrong traces; sample more, easier problems"
     if not right["auroc_low"] > 0.5:
-        return "noise", (f"{known} does not exclude chance; try a larger judge or --readout {other[0]}, or "
-                         "sample more traces if the interval is wide")
+        return "noise", f"{known} does not exclude chance; {remedy}, or more traces if the interval is wide"
     if drop < 0.1:
         return "weak", (f"with another problem's reference its AUROC falls by {drop:.2f} only: it grades the "
-                        f"looks of a trace, not its agreement with the reference; try a larger judge or "
-                        f"--readout {' or '.join(other)}")
+                        f"looks of a trace, not its agreement with the reference; {remedy}")
     if right["auroc"] < 0.8:
-        return "weak", f"{known} is below 0.8; try a larger judge or --readout {' or '.join(other)}"
+        return "weak", f"{known} is below 0.8; {remedy}"
     return "usable", f"{known}" + (f", {drop:.2f} less with a wrong reference" if wrong else "")
 
 
@@ -626,7 +625,8 @@ def check(judge: Judge, problems: list[Problem], records: list[dict], seed: int 
     word, reason = usable(right)
     if word != "noise" and match < 0.7:
         return "weak", (f"it hardly sees whether a right trace agrees with the reference (AUROC {match:.2f} "
-                        "against another problem's reference): it grades the looks of a trace")
+                        "against another problem's reference): it grades the looks of a trace; try --readout "
+                        "likelihood, or a larger judge")
     return word, f"{reason}; of right traces, their own reference against another's: {match:.2f}"
 
 

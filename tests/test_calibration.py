@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from exprl import Settings, trace_metrics
 from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, check, corr_in_groups, correlation,
                    gamed, probe, probe_traces, usable)
 from sample import load_lm
+
+sys.path.append(str(tiny.ROOT / "experiments"))
+import judge_wording  # noqa: E402
 
 
 def test_auroc_against_pairs():
@@ -213,3 +217,20 @@ def test_a_step_reports_its_domains_and_how_the_judge_agrees():
                                   "science": {"score": pytest.approx(0.2), "accuracy": 0.5}}
     assert metrics["judge_corr"] == pytest.approx(1.0)  # of the first problem alone: unread, cut off
     assert "domains" not in trace_metrics(settings, records[:2])
+
+
+def test_the_wording_search_reads_every_variant(tmp_path):
+    """Each variant gives one number a trace, the conclusion as judge.py's readout does."""
+    lm = load_lm(str(tiny.save(tmp_path / "m")))
+    problem = Problem("p/1", "Ann has 3 bags of 6 eggs.", "She has 3*6 = 18 eggs, 18/2 = 9 each.\n\\boxed{9}",
+                      "9", "math")
+    records = [{"problem": "p/1", "text": t, "correct": False} for t in ("3*6 = 18 so 18", "no idea")]
+    assert [judge_wording.progress(problem, r["text"]) for r in records] == [1, 0]
+    sampler = judge_wording.Sampler(lm.model)
+    for variant in judge_wording.VARIANTS:
+        read = judge_wording.readings(lm, sampler, variant, {"p/1": problem}, records)
+        assert len(read) == 2 and np.isfinite(read).all() and read[0] != read[1]
+        if variant == "conclusion":
+            judge = Judge(lm.model, lm.tokenizer, readout="likelihood")
+            given = judge.grade([problem] * 2, [r["text"] for r in records])
+            assert np.exp(read) == pytest.approx([v.grades[0] for v in given], abs=1e-5)
