@@ -325,8 +325,9 @@ class Linear:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, then)
         y = self.modules[0](x) if len(self.modules) == 1 else torch.cat([m(x) for m in self.modules], -1)
-        return {"none": y.view_as, "swish": F.silu, "add": y.add_, "mul": y.mul_}[then](
-            y if other is None else other)
+        if other is None:
+            return F.silu(y) if then == "swish" else y
+        return y.add_(other) if then == "add" else y.mul_(other)
 
 
 class Network:

@@ -13,11 +13,13 @@ alternate within a round; the fastest round counts.
 import argparse
 import csv
 import datetime
+import math
 import platform
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +29,10 @@ import transformers  # noqa: E402
 
 from data import load_problems  # noqa: E402
 from judge import Judge  # noqa: E402
-from sample import Sampler, load_lm  # noqa: E402
+from sample import FIRST_PAGE, LENGTH, PAGE, TRACE, Network, Rows, Sampler, load_lm  # noqa: E402
 
 OUT = ROOT / "experiments" / "results" / "sampler_bench.csv"
+COLORS = ("#1b6ca8", "#c8553d", "#7fb2d9", "#e3a899")
 
 
 def clock(run):
@@ -115,9 +118,10 @@ def prefix_grades(judge, problems, traces, steps=6):
     return judge.grade(problems, cut, "prefix")
 
 
-def judging(lm, problems, texts, rounds, reply):
-    """4 problems x 8 traces, and 6 prefixes of each."""
-    group = [p for p in problems[: len(texts) // 8] for _ in range(8)]
+def judging(policy, lm, problems, rounds, reply):
+    """8 traces a problem by the policy, at most `reply` tokens long, and 6 prefixes of each."""
+    rollouts = Sampler(policy.model).sample([policy.chat(p.question) for p in problems], 8, reply, 0.8)
+    texts, group = [policy.text(r.token_ids) for r in rollouts], [p for p in problems for _ in range(8)]
     judge = Judge(lm.model, lm.tokenizer, readout="expected")
     free = Judge(lm.model, lm.tokenizer, readout="generate", reply_tokens=reply)
     asked = [whole_prompt(free, p, t) for p, t in zip(group, texts)]
@@ -135,30 +139,105 @@ def judging(lm, problems, texts, rounds, reply):
                    cpu=cpu)
 
 
-def sweep(rounds=3):
-    """CUDA only: tokens/s of Qwen2.5-1.5B's shape, random weights, by rows and by context."""
+@torch.inference_mode()
+def decode_step(model, rows, context, rounds=4):
+    """(wall, CPU) seconds of the fastest step: `rows` rows with `context` tokens each, no page shared."""
+    width = context // PAGE + 1
+    sampler, live = Sampler(model, rows, cache_gb=64), Rows(rows, width, 1)
+    with sampler.open(rows * width + 2, width) as cache:
+        cache.pool.fill_(0.01)  # memory that was never written would all be read from one place
+        pages = cache.take(rows * width)
+        live.count, live.state[:, LENGTH], live.state[:, TRACE] = rows, context, range(rows)
+        live.state[:, FIRST_PAGE:] = np.reshape([page.index for page in pages], (rows, width))
+        times = [clock(lambda: sampler.step(cache, live, 1.0, 0))[1:] for _ in range(rounds + 1)]
+        cache.table.drop(pages)
+    return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
+
+
+@torch.inference_mode()
+def products(model, rows, rounds=4):
+    """The same for a step's matrix products alone, that is, for reading all weights once."""
+    network = Network(model)
+    linears = [linear for _, *some in network.layers for linear in some] + [network.head]
+    widths = {linear.modules[0].in_features for linear in linears}
+    x = {d: torch.randn(rows, d, device=model.device).to(model.dtype) for d in widths}
+    times = [clock(lambda: [linear(x[linear.modules[0].in_features]) for linear in linears])[1:]
+             for _ in range(rounds + 1)]
+    return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
+
+
+def steps(model):
+    """What a decode step costs, by rows and by context."""
+    cuda = model.device.type == "cuda"
+    rows, context = ((1, 4, 16, 64, 256, 512, 1024), 1024) if cuda else ((1, 4, 16, 64), 256)
+    few, contexts = (64, (256, 4096, 16384)) if cuda else (16, (64, 1024, 4096))
+    for r, c in [(r, context) for r in rows] + [(few, c) for c in contexts]:
+        wall, cpu = decode_step(model, r, c)
+        yield dict(what=f"decode step, context {c}", by="sample.py", rows=r, tokens=1, useful=r, wall=wall,
+                   cpu=cpu)
+    for r in rows:
+        wall, cpu = products(model, r)
+        yield dict(what="decode step", by="its matrix products alone", rows=r, tokens=1, useful=r, wall=wall,
+                   cpu=cpu)
+
+
+def figure(lines, clock) -> str:
+    """Milliseconds of a decode step by rows and by context, both axes logarithmic, as SVG."""
+    curves: dict = {}  # (panel, label): [(rows or context, ms)]
+    context = {line["what"].rsplit(" ", 1)[-1] for line in lines if line["rows"] == 1 and "," in line["what"]}
+    few = {line["rows"] for line in lines if line["what"].rsplit(" ", 1)[-1] not in context | {"step"}}
+    for line in lines:
+        at, ms = line["what"].rsplit(" ", 1)[-1], 1000 * float(line[clock])
+        label = f"{line['by']}, {line['dtype']}"
+        if at in context or at == "step":
+            curves.setdefault((0, label), []).append((line["rows"], ms))
+        if line["rows"] in few and at != "step":
+            curves.setdefault((1, label), []).append((int(at), ms))
+    labels, parts, width, height = sorted({label for _, label in curves}), [], 360, 240
+    low, high = (f(ms for curve in curves.values() for _, ms in curve) for f in (min, max))
+    for panel in (0, 1):
+        found = {label: sorted(curve) for (where, label), curve in curves.items() if where == panel}
+        ticks = sorted({x for curve in found.values() for x, _ in curve})
+        left = 60 + panel * (width + 70)
+
+        def place(x, ms):
+            return (left + width * math.log(x / ticks[0]) / math.log(ticks[-1] / ticks[0]),
+                    40 + height * (1 - math.log(ms / low) / math.log(high / low)))
+
+        name = f"rows (context {min(context)})" if panel == 0 else f"tokens of context ({min(few)} rows)"
+        parts.append(f'<text x="{left}" y="20">ms a decode step ({clock}), by {name}</text>')
+        for x in ticks:
+            at = place(x, low)[0]
+            parts.append(f'<text x="{at:.0f}" y="{height + 60}" text-anchor="middle">{x}</text>')
+        for ms in (10**e * k for e in range(-2, 5) for k in (1, 2, 5)):
+            if low <= ms <= high:
+                y = place(ticks[0], ms)[1]
+                parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/><text x="{left - 8}" '
+                             f'y="{y + 4:.1f}" text-anchor="end">{ms:g}</text>')
+        for label, curve in found.items():
+            points = " ".join("{:.1f},{:.1f}".format(*place(x, ms)) for x, ms in curve)
+            parts.append(f'<polyline points="{points}" fill="none" stroke-width="2" '
+                         f'stroke="{COLORS[labels.index(label)]}"/>')
+    for i, label in enumerate(labels):
+        parts.append(f'<text x="{60 + 400 * (i % 2)}" y="{height + 90 + 18 * (i // 2)}" '
+                     f'fill="{COLORS[i]}">{label}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width + 160} {height + 130}" '
+            f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+            f"{''.join(parts)}</svg>\n")
+
+
+def big_model():
+    """Qwen2.5-1.5B's shape, random weights: CUDA only."""
     config = transformers.Qwen2Config(
         vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=32768,
         tie_word_embeddings=True, eos_token_id=0)
     with torch.device("cuda"):
-        model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
-    cases = [(rows, 1024) for rows in (1, 4, 16, 64, 256, 512, 1024)] + [(64, c) for c in (256, 4096, 16384)]
-    for rows, context in cases:
-        prompts = [[(7 * i + r) % 1000 + 1 for i in range(context - 64)] for r in range(rows)]
-        sampler = Sampler(model, rows)
-        took = {}
-        for tokens in (8, 136):  # the difference leaves prefill and capture out
-            sampler.sample(prompts, 1, tokens, 1.0, end_ids=[])
-            took[tokens] = min(clock(lambda: sampler.sample(prompts, 1, tokens, 1.0, end_ids=[]))[1]
-                               for _ in range(rounds))
-        wall = took[136] - took[8]
-        print(f"  {rows} rows, context {context}: {128 * rows / wall:.0f} tokens/s", flush=True)
-        yield dict(what=f"decode at context {context}", by="sample.py", rows=rows, tokens=128,
-                   useful=128 * rows, wall=wall, cpu="")
-        del sampler
-        torch.cuda.empty_cache()
-    # ragged: 1,024 rollouts, end tokens at random, beside generate and continuous batching
+        return transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def ragged(model):
+    """1,024 rollouts that end at random, beside generate and continuous batching."""
     prompts = [[(7 * i + r) % 1000 + 1 for i in range(64 + r % 448)] for r in range(128)]
     limits = dict(max_new_tokens=512, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     sampler = Sampler(model, 1024)
@@ -187,11 +266,11 @@ def sweep(rounds=3):
         yield dict(what="ragged rollouts", by=label, rows=1024, tokens=512, useful=useful, wall=wall, cpu="")
 
 
-def main(model, judge="", data="openai/gsm8k:main:test", device="cpu",
+def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sampling", "judging", "steps"),
          dtypes=("bfloat16", "float32"), rows=(64, 16), tokens=256, rounds=2, judge_problems=4,
          out=OUT):
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+        f"{cpu_name()}, {torch.get_num_threads()} threads")
     about = dict(machine=machine, torch=torch.__version__, transformers=transformers.__version__,
                  date=datetime.date.today().isoformat(),
                  command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
@@ -203,31 +282,46 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu",
         for line in found:
             lines.append(dict(what=line.pop("what"), by=line.pop("by"), dtype=dtype) | line)
 
-    for dtype in dtypes if rows else ():
-        print(f"sampling, {model}, {dtype}")
-        add(dtype, sampling(load_lm(model, device, getattr(torch, dtype)), problems, rows, tokens, rounds))
-    if judge:
-        print(f"judging, {judge}, bfloat16")
-        # stand-ins for traces, of about a trace's length: the reference twice, cut at eight places
-        texts = [2 * f"{p.solution}\n\n" for p in problems[:judge_problems]]
-        texts = [text[: len(text) * (8 + k) // 15] for text in texts for k in range(8)]
-        add("bfloat16", judging(load_lm(judge, device, torch.bfloat16), problems, texts, rounds,
-                                tokens))
+    for dtype in dtypes:
+        lm = load_lm(model, device, getattr(torch, dtype))
+        if "sampling" in what:
+            print(f"sampling, {model}, {dtype}")
+            add(dtype, sampling(lm, problems, rows, tokens, rounds))
+        if "judging" in what and judge and dtype == "bfloat16":
+            print(f"judging, {judge}, {dtype}")
+            add(dtype, judging(lm, load_lm(judge, device, torch.bfloat16), problems[:judge_problems], rounds,
+                               tokens))
+        if "steps" in what and not device.startswith("cuda"):
+            add(dtype, steps(lm.model))
     if device.startswith("cuda"):
-        add("bfloat16", sweep())
+        net = big_model()
+        add("bfloat16", steps(net))
+        add("bfloat16", ragged(net))
+    out.parent.mkdir(exist_ok=True)
+    step_lines = [line for line in lines if line["what"].startswith("decode step")]
+    if step_lines:
+        kind = "wall" if device.startswith("cuda") else "cpu"
+        out.with_name(out.stem + "_steps.svg").write_text(figure(step_lines, kind))
     for line in lines:
         for kind in ("wall", "cpu"):
             line[f"per_{kind}_second"] = f"{line['useful'] / line[kind]:.4g}" if line[kind] else ""
             line[kind] = line[kind] and f"{line[kind]:.4g}"
-        print(f"{line['what']:10} {line['dtype']:9} {line['rows']:5} rows  {line['by']:44} "
+        print(f"{line['what']:26} {line['dtype']:9} {line['rows']:5} rows  {line['by']:44} "
               f"{line['per_wall_second']:>8} /s  {line['per_cpu_second']:>8} /CPU s")
-    out.parent.mkdir(exist_ok=True)
     with open(out, "a", newline="") as file:
         table = csv.DictWriter(file, [*lines[0], *about])
         if not file.tell():
             table.writeheader()
         table.writerows(line | about for line in lines)
     print(f"appended to {out}")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a CPU without a name
+        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
@@ -241,6 +335,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", nargs="*", type=int, default=[64, 16])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--judge-problems", type=int, default=4, help="of 8 traces each")
+    parser.add_argument("--what", nargs="*", default=["sampling", "judging", "steps"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     main(**vars(parser.parse_args()))

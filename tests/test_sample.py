@@ -54,6 +54,36 @@ def test_logprobs_are_teacher_forced_ones(family, temperature):
         assert r.logprobs == pytest.approx(teacher_forced(net, r, temperature), abs=1e-4)
 
 
+LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("family, options", [("qwen2", {}), ("qwen3", dict(tie_word_embeddings=False)), (
+    "llama", dict(rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True, tie_word_embeddings=False))])
+def test_the_forward_pass_is_transformers_own(family, options):
+    """With biases and norms that are not 0 and 1. float32: the same logits; bfloat16: as near to them."""
+    net = tiny.model(family, seed=8, **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    prompts, asked = random_prompts(30, 200), list(range(260))
+
+    def logits(of):
+        ours = Sampler(of).next_logits(prompts, asked)
+        with torch.no_grad():
+            theirs = [of(torch.tensor([p])).logits[0, -1].float() for p in prompts]
+        return ours, torch.stack(theirs)
+
+    ours, exact = logits(net)
+    assert torch.allclose(ours, exact, atol=1e-4)
+    rollout = Sampler(net).sample(prompts[:1], 1, 40, temperature=0)[0]
+    assert list(rollout.token_ids) == generate(net, prompts[0], 40)
+    ours, theirs = logits(net.bfloat16())
+    assert (ours - exact).square().mean() < 1.1 * (theirs - exact).square().mean()
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     net = tiny.model(seed=2)
     prompts = random_prompts(9, 50)
