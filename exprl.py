@@ -58,7 +58,8 @@ from data import Problem, is_correct
 from judge import READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
-from sample import LM, Rollout, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit
+from packing import pack
+from sample import LM, Rollout, Sampler, covers, load_lm, pick_device, pick_dtype, problems_or_exit
 from sample import resolve_model, summary, too_long, traces_of, write_atomically
 
 MINIATURE = Path(__file__).parent / "data" / "miniature"
@@ -108,7 +109,7 @@ class Settings:
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.28  # and above 1 + this (clip-higher)
     dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
-    microbatch_tokens: int = 16384  # tokens (with padding) per forward and backward: lower if memory runs out
+    microbatch_tokens: int = 16384  # rows x longest row per forward and backward: lower if memory runs out
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
     # run
     seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
@@ -538,8 +539,14 @@ def predictors(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor):
 
     The one place that shifts by one. Rows are padded on the right and attention is causal, so no sampled
     token can see padding."""
+    after = mask[:, 1:]
+    if lm.config._attn_implementation == "exprl_packed":
+        tokens, positions, places, packed = pack(ids, mask)
+        hidden = lm.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False,
+                               packed=packed).last_hidden_state[0]
+        return hidden[places[:, :-1][after]], ids[:, 1:][after]
     hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+    return hidden[:, :-1][after], ids[:, 1:][after]
 
 
 def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
@@ -549,21 +556,27 @@ def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, tempera
         return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)
 
 
-def microbatches(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Split rows, sorted by length, so that rows x longest <= budget (a single row may exceed it)."""
+def microbatches(rows: list[int], lengths: list[int], budget: int, group: int = 1) -> list[list[int]]:
+    """Split rows so that rows x longest <= budget (a single row may exceed it): by length, but the rows of a
+    group, which share a prompt, side by side."""
+    longest: dict[int, int] = {}
+    for row in rows:
+        longest[row // group] = max(longest.get(row // group, 0), lengths[row])
     batches: list[list[int]] = []
-    for row in sorted(rows, key=lambda r: lengths[r]):
-        if batches and (len(batches[-1]) + 1) * lengths[row] <= budget:
+    for row in sorted(rows, key=lambda r: (longest[r // group], r // group, lengths[r])):
+        if batches and (len(batches[-1]) + 1) * max(width, lengths[row]) <= budget:
             batches[-1].append(row)
+            width = max(width, lengths[row])
         else:
             batches.append([row])
+            width = lengths[row]
     return batches
 
 
 def cut(batch: Batch, rows: list[int], settings: Settings):
     """Micro-batches of `rows`: ids and mask (R,W), a function that takes a (N,T) tensor's entries at the mask
     -> (M,), and the rows."""
-    for part in microbatches(rows, batch.lengths, settings.microbatch_tokens):
+    for part in microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group):
         width = max(batch.lengths[row] for row in part)
         mask = batch.mask[part, :width]
 
@@ -756,6 +769,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers checkpoints only in training mode; these families have no dropout by default
         policy.model.train()
+    if covers(policy.model.config):
+        policy.model.set_attn_implementation("exprl_packed")
     sampling = policy.model
     if dtype != torch.float32 or ranks() > 1:
         sampling = copy.deepcopy(policy.model).to(device, dtype).requires_grad_(False).eval()
@@ -766,6 +781,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
     if settings.kl > 0 or settings.method == "distill" or (judged and not own_judge):
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
+        reference.model.set_attn_implementation(policy.model.config._attn_implementation)
     if judged:
         judge_device = own_device(settings.judge_device) if settings.judge_device else device
         lm = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
