@@ -1,0 +1,135 @@
+"""README.md as a lesson that stays true: its loop, its map of formulas, its glossary, its ablations."""
+
+import ast
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+import exprl
+
+README = (tiny.ROOT / "README.md").read_text()
+CORE = [tiny.ROOT / f"{name}.py" for name in ("exprl", "judge", "sample")]
+CORE += [file for folder in ("data", "kernels") for file in sorted((tiny.ROOT / folder).glob("*.py"))]
+ABLATIONS = tiny.ROOT / "experiments" / "ablations"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny.training_world(tmp_path_factory.mktemp("world"))
+
+
+def test_the_loop_of_the_readme_is_the_program(world, monkeypatch, capsys):
+    """The weights after a step. Adam's first step has one size, so a sum rounded otherwise may turn a sign."""
+    _, flags = world
+    flags = [*flags, "--kl", "0", "--steps", "1", "--max-new-tokens", "40"]
+    settings, _ = exprl.parse(flags)
+    state = exprl.build_state(settings)
+    before = [p.detach().clone() for p in state.policy.model.parameters()]
+    metrics, _ = exprl.train_step(state, settings, 1)
+    code, = re.findall(r"```python\n(import torch.*?)```", README, re.S)
+    loop = [line for line in code[code.index("for step in ") :].split("\n") if line]
+    assert len(loop) <= 25, "no longer 20 lines"
+    monkeypatch.setattr(sys, "argv", ["lesson.py", *flags])
+    lesson = {}
+    exec(compile(code, "README.md", "exec"), lesson)
+    assert f"score {metrics['score']:.3f}  entropy" in capsys.readouterr().out
+    for start, ours, theirs in zip(before, state.policy.model.parameters(), lesson["policy"].model.parameters()):
+        assert (ours - theirs).abs().mean() < 0.01 * settings.lr < (ours - start).abs().mean()
+
+
+def test_every_formula_is_where_the_map_says():
+    places = re.findall(r"`([\w/]+\.py): (\w+)`", README)
+    assert len(places) > 10
+    for file, name in places:
+        names = {node.name for node in ast.walk(ast.parse((tiny.ROOT / file).read_text()))
+                 if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert name in names, f"{file} has no {name}"
+
+
+def test_paths_and_flags_of_the_readme_exist():
+    for path in re.findall(r"`((?:data|experiments|kernels|tests)/[\w./]*)`", README):
+        assert (tiny.ROOT / path).exists(), path
+    known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(exprl.Settings)}
+    for file in [*CORE, *(tiny.ROOT / "experiments").glob("*.py")]:
+        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', file.read_text()))
+    unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known
+    others = {"--help", "--logdir", "--model_name_or_path", "--nproc_per_node"}  # argparse's, other programs'
+    assert unknown <= others, unknown - others
+
+
+def test_every_setting_is_used_and_explained():
+    code = (tiny.ROOT / "exprl.py").read_text()
+    for f in dataclasses.fields(exprl.Settings):
+        assert re.search(rf"\b(settings|s)\.{f.name}\b", code), f"dead flag {f.name}"
+        assert re.search(rf"^    {f.name}: .+  # \w", code, re.M), f"{f.name} has no help"
+
+
+def test_every_file_says_what_it_does():
+    for file in CORE:
+        said = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert len(said) > 40, file
+
+
+def test_the_glossary_has_the_names_that_a_run_writes(world, tmp_path):
+    home, flags = world
+    written = set()
+    for method in exprl.METHODS:
+        more = ["--eval-data", str(home / "eval.jsonl"), "--eval-n", "2", "--eval-k", "1", "2", "--steps", "1"]
+        exprl.main([*flags, *more, "--method", method, "--out", str(tmp_path / method)])
+        for line in exprl.read_jsonl(tmp_path / method / "metrics.jsonl"):
+            written |= {re.sub("pass@.*", "pass@k", name) for name in line}
+    table = README[README.index("| metric |"):].split("\n\n")[0]
+    explained = {name for cell in re.findall(r"^\| ([\w@, ]+) \|", table, re.M) for name in cell.split(", ")}
+    assert explained - {"metric"} == written - {"step"}
+
+
+# ---- ablations ---------------------------------------------------------------------------------------------
+
+FLAGS = {"reward": ["--method", "brief"], "advantage": ["--norm", "rank"], "judge_prompt": [], "domain": [],
+         "kernel": []}
+
+
+def test_the_readme_lists_the_ablations_and_shows_the_first():
+    assert {file.stem for file in ABLATIONS.glob("*")} == set(FLAGS) == set(re.findall(r"`(\w+)\.diff`", README))
+    assert "```diff\n" + (ABLATIONS / "reward.diff").read_text() + "```" in README
+
+
+def copy_code(folder, ablation):
+    for file in [*CORE, tiny.ROOT / "pyproject.toml", ABLATIONS / f"{ablation}.diff"]:
+        copy = folder / file.relative_to(tiny.ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    subprocess.run(["git", "apply", f"experiments/ablations/{ablation}.diff"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_an_ablation_applies_and_trains(name, world, tmp_path):
+    home, flags = world
+    copy_code(tmp_path, name)
+    if name == "domain":
+        (home / "history.jsonl").write_text((home / "train.jsonl").read_text().replace('"math"', '"history"'))
+        flags = [*flags, "--data", str(home / "history.jsonl")]
+    # traces of a random model end late or never: long ones, and a grade for those cut off
+    more = ["--steps", "1", "--out", "run", "--max-new-tokens", "300", "--overlong", "judge"]
+    trained = subprocess.run([sys.executable, "exprl.py", *flags, *FLAGS[name], *more],
+                             cwd=tmp_path, env=tiny.os.environ | tiny.ENVIRONMENT, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    line, = exprl.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert line["grad_norm"] > 0
+
+
+def test_the_kernel_of_the_ablation_equals_its_twin(tmp_path):
+    """As a fork would: the kernel's own tests, on the changed copy."""
+    copy_code(tmp_path, "kernel")
+    for name in ("conftest", "tiny", "test_policy_head"):
+        shutil.copy(tiny.ROOT / "tests" / f"{name}.py", tmp_path)
+    tests = "test_policy_head.py::test_every_term_against_float64[triton-all]"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests], cwd=tmp_path,
+                          env=tiny.os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
