@@ -56,11 +56,14 @@ from tqdm import tqdm
 
 from data import Problem, is_correct
 from judge import READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
-from kernels import policy_head, reverse_kl, token_advantages, token_logprob
+from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
-from packing import pack
 from sample import LM, Rollout, Sampler, covers, load_lm, pick_device, pick_dtype, problems_or_exit
 from sample import resolve_model, summary, too_long, traces_of, write_atomically
+from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
+
+# The name has no mask function registered with it, so transformers builds no mask.
+AttentionInterface.register("exprl_packed", packed_attention)
 
 MINIATURE = Path(__file__).parent / "data" / "miniature"
 

@@ -129,6 +129,7 @@ def test_the_kernel_of_the_ablation_equals_its_twin(tmp_path):
     copy_code(tmp_path, "kernel")
     for name in ("conftest", "tiny", "test_policy_head"):
         shutil.copy(tiny.ROOT / "tests" / f"{name}.py", tmp_path)
+    shutil.copy(tiny.ROOT / "experiments" / "bench_head.py", tmp_path / "experiments")
     tests = "test_policy_head.py::test_every_term_against_float64[triton-all]"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests], cwd=tmp_path,
                           env=tiny.os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)

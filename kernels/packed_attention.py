@@ -8,7 +8,7 @@
 Every layer but attention works token by token, so it sees the L packed tokens instead of N x T: at GSM8K's
 lengths, eight traces a problem, less than half. Attention gathers its rows from them, runs causal on them as
 they would stand alone, and keeps one result per packed token. Gradients flow back the same ways, so that a
-prompt gets the sum over its traces. The models are the ones of transformers, through its AttentionInterface.
+prompt gets the sum over its traces. exprl.py registers `packed_attention` with transformers.
 
 Left out: packed attention without the gathered copies (varlen kernels exist for CUDA only).
 """
@@ -16,9 +16,6 @@ Left out: packed attention without the gathered copies (varlen kernels exist for
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-import sample  # noqa: F401  before transformers: see the note there on the name `kernels`
-from transformers import AttentionInterface
 
 STRETCH = 1.2  # rows attend together while the longest has at most so many times the tokens of the shortest
 
@@ -76,7 +73,3 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     runs, home = packed
     done = [attend(*(x[0][:, run].transpose(0, 1) for x in (query, key, value))) for run in runs]  # (R,W,H,D)
     return torch.cat([rows.flatten(0, 1) for rows in done])[home][None], None
-
-
-# The name has no mask function registered with it, so transformers builds no mask.
-AttentionInterface.register("exprl_packed", packed_attention)

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from exprl import Settings, microbatches, predictors
-from packing import pack
+from kernels import pack
 
 
 def rows(prompts, traces, seed=0):
