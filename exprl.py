@@ -128,6 +128,7 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes the GPU of its number
     judge_device: str = ""  # of the judge: a device, or +4 for the GPU four after this process's own
     dtype: str = "auto"  # of sampling and forward passes: auto, float32, bfloat16; master weights are float32
+    dry_run: bool = False  # print the memory these flags need, computed and in one full-length step; no run
 
 
 # What a method changes in the defaults. Then: preset, the preset for the method, the flags given.
@@ -1413,6 +1414,29 @@ def resume_run(run: Path, settings: Settings) -> State:
     return state
 
 
+def dry_run(settings: Settings) -> None:
+    """The memory of a step on this device: computed, then measured at full length. Writes nothing.
+
+    Full length: the longest prompts, no end token, and a gradient for every trace; AdamW has its moments."""
+    state = build_state(settings)
+    state.train = sorted(state.train, key=lambda p: -len(state.policy.chat(p.question)))[: settings.questions]
+    prompt = len(state.policy.chat(state.train[0].question))
+    judge = None if state.judge is None or state.judge.model is state.reference else state.judge.model.config
+    from experiments.memory import memory, table
+    parts = memory(state.policy.model.config, settings, ranks(), state.dtype, state.device.split(":")[0],
+                   prompt, judge)
+    print(f"computed, a process, prompts of {prompt} tokens and traces of {settings.max_new_tokens}:\n"
+          f"{table(parts)}", flush=True)
+    state.sampling.generation_config.eos_token_id = -1
+    for parameter in state.policy.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer_step(state, settings, 0.0)
+    forced = replace(settings, overlong="judge", max_unread=1.0, entropy_bonus=settings.entropy_bonus or 1e-9)
+    metrics, _ = train_step(state, forced, 1)
+    print(f"measured{'' if state.device.startswith('cuda') else ', libraries included'}: "
+          f"{metrics['peak_gb']:.2f} GB, {metrics['seconds']:.0f} s")
+
+
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error))
@@ -1431,6 +1455,8 @@ def main(argv=None) -> None:
     settings, resume = parse(argv)
     torch.manual_seed(settings.seed)  # nothing below draws from it; a fork that does stays reproducible
     try:
+        if settings.dry_run:
+            return dry_run(settings)
         run, state = (resume, resume_run(resume, settings)) if resume else start_run(settings)
     except Stop as stop:
         raise SystemExit(str(stop) if rank() == 0 else 1) from stop
