@@ -48,7 +48,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -831,7 +831,8 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                 (moments if key else weights)[f"{name}:{key}" if key else name] = value.contiguous()
     with together():
         if rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
+            for torn in tmp.parent.glob("*.tmp"):
+                shutil.rmtree(torn)
             tmp.mkdir(parents=True)
     with together():
         file = f"model-{rank() + 1:05d}-of-{ranks():05d}.safetensors" if ranks() > 1 else "model.safetensors"
@@ -996,6 +997,8 @@ def explain(error: BaseException, state: "State | None") -> str:
     if out_of_memory(error):
         return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
                 f"({str(error).splitlines()[0]})")
+    if isinstance(error, WRITING):
+        return f"writing failed while {phase}: {error}\nmake room on the disk, or allow writing there"
     return f"process {rank()} failed while {phase}:\n{''.join(traceback.format_exception(error))}"
 
 
@@ -1384,6 +1387,9 @@ def start_run(settings: Settings) -> tuple[Path, State]:
     name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}"
     run = Path(gather(settings.out or Path("runs") / name)[0])  # the clocks of processes differ
     with together():
+        found = next(path for path in (run, *run.absolute().parents) if path.exists())
+        if not found.is_dir() or not os.access(found, os.W_OK):
+            raise SystemExit(f"{run} cannot be written: {found} is no folder to write in; choose another --out")
         if rank() == 0 and run.exists() and any(run.iterdir()):
             raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
     state = build_state(settings)
@@ -1404,8 +1410,8 @@ def resume_run(run: Path, settings: Settings) -> State:
             print(f"cannot use {errors[-1]}", file=sys.stderr)
     else:
         if errors:
-            raise SystemExit(f"no checkpoint of {run} can be used: start a new run, with the weights "
-                             "of one of them if they load: --model CHECKPOINT")
+            raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new "
+                             "run, with the weights of one of them if they load: --model CHECKPOINT")
         state = build_state(settings)  # stopped before its first checkpoint
     if fingerprint(state.train) != config["train_fingerprint"]:
         raise SystemExit(f"the training data is not the one {run} was started with: "
@@ -1442,6 +1448,7 @@ def out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
+WRITING = (OSError, SafetensorError)
 REMEDIES = {
     "sampling": "lower --max-rows, --group or --max-new-tokens",
     "evaluating": "lower --max-rows or --max-new-tokens",
@@ -1478,7 +1485,7 @@ def main(argv=None) -> None:
         print(f"\n{stop}; {go_on}", file=sys.stderr)
         raise SystemExit(0 if str(stop).startswith("stopped by") else 1) from stop
     except Exception as error:
-        if not out_of_memory(error) and ranks() == 1:
+        if not out_of_memory(error) and not isinstance(error, WRITING) and ranks() == 1:
             raise
         raise SystemExit(f"{explain(error, state)}\n{go_on}") from error
     print(closing_table(run, settings))
