@@ -213,6 +213,46 @@ def test_judge_and_reference_share_memory_when_they_are_the_start(world):
     assert state.judge is None and state.reference is None
 
 
+def passes_of(module, seen):
+    """Record the tokens of each pass through a model."""
+    module.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+
+
+@pytest.mark.parametrize("flags, policy, start", [
+    (["--kl", "0"], 1, 0), (["--kl", "0.01"], 1, 1), (["--kl", "0.01", "--updates", "3"], 3 + 2, 3)])
+def test_no_pass_is_made_twice(world, flags, policy, start):
+    """A pass per micro-batch, one of the start under a KL, one for old log-probs from the second update on.
+    The start's weights are the judge's where both are the same model."""
+    state, settings = build(world, *flags, "--judge", world[0] / "policy")
+    assert state.judge.model is state.reference and state.optimizer.defaults["fused"]
+    batch, ours, theirs = made_up_batch(state, settings, [*GRADES[:8], 0.1, 0.5, 0.5, 0.5]), [], []
+    passes_of(state.policy.model, ours)
+    passes_of(state.reference, theirs)
+    exprl.update(state, settings, batch, settings.lr)
+    assert (len(ours), len(theirs)) == (policy, start)
+
+
+def test_rows_without_advantage_are_passed_over_unless_something_else_pulls(world):
+    for kl, groups in ((0.0, 2), (0.01, 3)):
+        state, settings = build(world, "--kl", kl)
+        batch, seen = made_up_batch(state, settings, [*GRADES[:4], *GRADES[8:], 0.2, 0.9, 0.3, 0.6]), []
+        passes_of(state.policy.model, seen)
+        exprl.update(state, settings, batch, settings.lr)
+        rows = [i for i in range(12) if groups == 3 or not 4 <= i < 8]
+        prompts = [int(batch.mask[i].int().argmax()) for i in rows[::4]]
+        assert seen == [sum(prompts) + int(batch.mask[rows].sum()) - len(rows)]  # see packing.py
+
+
+def test_checkpointed_activations_give_the_same_gradients(world):
+    results = []
+    for flags in ([], ["--checkpoint-activations"]):
+        state, settings = build(world, *flags)
+        results.append(tiny.gradient(state, settings, made_up_batch(state, settings, GRADES))[0])
+    assert state.policy.model.is_gradient_checkpointing
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*results))
+
+
 def test_low_precision_copy_keeps_its_storage(world):
     state, settings = build(world, "--dtype", "bfloat16")
     assert state.sampling.dtype == torch.bfloat16 and state.policy.model.dtype == torch.float32
