@@ -1170,7 +1170,9 @@ def log(state: State, path: Path, metrics: dict) -> None:
     append(path, [metrics])
     if state.board:
         part = "training" if "accuracy" in metrics else "held-out"
-        for name, value in metrics.items():
+        by_domain = {f"{name}/{domain}": value for domain, values in metrics.get("domains", {}).items()
+                     for name, value in values.items()}
+        for name, value in (metrics | by_domain).items():
             if isinstance(value, (int, float)):
                 state.board.add_scalar(f"{part}/{name}", value, metrics["step"])
         state.board.flush()

@@ -37,7 +37,8 @@ import torch
 
 from data import Problem, is_correct
 from data.answers import last_box
-from sample import LM, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit, write_atomically
+from sample import LM, Help, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit
+from sample import write_atomically
 
 # What the rubrics say about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -667,12 +668,21 @@ PAPER = {"Qwen3-0.6B": (48.6, 48.5, 47.5), "Qwen3-4B": (17.8, 39.2, 50.4), "Qwen
          "Qwen3-14B": (18.2, 38.5, 50.2)}
 
 
+EXAMPLES = """\
+examples
+    python judge.py --policy data/miniature/policy                     the embedded judge, the embedded policy
+    python judge.py --judge J --policy M --data D                      sample traces of M first
+    python judge.py --judge J --data D --traces traces.jsonl           those that sample.py --out wrote
+    python judge.py --judge J --data D --traces traces.jsonl --probes  flattery and forged fences, too
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Calibrate a judge: grade sampled traces with the right, no and a wrong reference and "
-                    "compare with exact match. A judge to train on ranks right traces first (AUROC) and "
-                    "loses that with a wrong reference.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Calibrate a judge: grade sampled traces with the right, no and a wrong reference and\n"
+                    "compare with exact match. A judge to train on ranks right traces first (AUROC near 1)\n"
+                    "and loses that with a wrong reference.",
+        epilog=EXAMPLES, usage="python judge.py [flags]", formatter_class=Help)
     parser.add_argument("--judge", default="data/miniature/judge",
                         help="folder, hub id, or bare well-known name")
     parser.add_argument("--data", nargs="+", default=["data/miniature/dev.jsonl"],

@@ -1062,8 +1062,8 @@ def problems_or_exit(specs, split: str, **options) -> list[Problem]:
 def pick_device(device: str) -> str:
     found = torch.cuda.is_available()
     if device not in ("auto", "cpu") and not (found and device.startswith("cuda")):
-        raise SystemExit(f"--device {device}: not a device that torch sees here: take cpu or auto, or look at "
-                         "nvidia-smi and CUDA_VISIBLE_DEVICES")
+        raise SystemExit(f"--device {device}: not a device that torch sees here: take cpu or auto, or "
+                         "look at nvidia-smi and CUDA_VISIBLE_DEVICES")
     return ("cuda" if found else "cpu") if device == "auto" else device
 
 
@@ -1088,37 +1088,59 @@ def write_atomically(path: Path, text: str) -> None:
     tmp.replace(path)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Examples as they stand; defaults behind each flag that has one and does not name it."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, [None]) or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+EXAMPLES = """\
+examples
+    python sample.py                                               the embedded policy, pass@1 to pass@16
+    python sample.py --model M --data openai/gsm8k:main:test --limit 100 --n 8
+    python sample.py --model runs/NAME/model --against M --data D  after beside before: paired difference
+    python sample.py --model M --data D --n 4 --out traces.jsonl   traces for judge.py to grade
+    python sample.py --model M --bench                             tokens per second beside transformers
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sample a data set and print pass@k with 95% intervals.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="data/miniature/policy",
-                        help="folder, hub id, or bare well-known name")
-    parser.add_argument("--data", nargs="+", default=["data/miniature/eval.jsonl"],
-                        help="files or hub data set ids")
-    parser.add_argument("--n", type=int, default=16, help="traces per problem")
-    parser.add_argument("--k", type=int, nargs="+", default=None,
-                        help="pass@k for these k (default: 1, 2, 4, ... n)")
-    parser.add_argument("--max-new-tokens", type=int, default=None,
-                        help="default: 1024, or what fits the context")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many problems")
-    parser.add_argument("--against", metavar="MODEL", default=None,
-                        help="sample a second model, too, and print the paired difference to it")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="the noise is a function of seed, trace and position")
-    parser.add_argument("--out", type=Path, default=None, help="write every trace to this JSONL file")
-    parser.add_argument("--max-prompt-tokens", type=int, default=2048,
-                        help="longer questions are reported and left out")
-    parser.add_argument("--max-rows", type=int, default=256, help="traces decoded at the same time")
-    parser.add_argument("--cache-gb", type=float, default=None,
-                        help="memory for keys and values (default: 4 on a CPU, 60%% of the free on a GPU)")
-    parser.add_argument("--bench", nargs="?", const="", default=None, metavar="JUDGE",
-                        help="time sampling, and judging with JUDGE, beside transformers (a table and a CSV, "
-                             "see experiments/bench_sampler.py)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--skip-bad-rows", action="store_true",
-                        help="count and drop bad rows instead of stopping")
+                                     epilog=EXAMPLES, usage="python sample.py [flags]", formatter_class=Help)
+    group = parser.add_argument_group("models and data")
+    group.add_argument("--model", default="data/miniature/policy",
+                       help="folder, hub id, or bare well-known name")
+    group.add_argument("--against", metavar="MODEL", default=None,
+                       help="sample a second model, too, and print the paired difference to it")
+    group.add_argument("--data", nargs="+", default=["data/miniature/eval.jsonl"],
+                       help="files or hub data set ids")
+    group.add_argument("--limit", type=int, default=None, help="only the first so many problems")
+    group.add_argument("--max-prompt-tokens", type=int, default=2048,
+                       help="longer questions are reported and left out")
+    group.add_argument("--skip-bad-rows", action="store_true",
+                       help="count and drop bad rows instead of stopping")
+    group.add_argument("--out", type=Path, default=None, help="write every trace to this JSONL file")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--n", type=int, default=16, help="traces per problem")
+    group.add_argument("--k", type=int, nargs="+", default=None,
+                       help="pass@k for these k (default: 1, 2, 4, ... n)")
+    group.add_argument("--max-new-tokens", type=int, default=None,
+                       help="default: 1024, or what fits the context")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    group.add_argument("--seed", type=int, default=0,
+                       help="the noise is a function of seed, trace and position")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--max-rows", type=int, default=256, help="traces decoded at the same time")
+    group.add_argument("--cache-gb", type=float, default=None,
+                       help="memory for keys and values (default: 4 on a CPU, 60%% of the free on a GPU)")
+    group.add_argument("--bench", nargs="?", const="", default=None, metavar="JUDGE",
+                       help="time sampling, and judging with JUDGE, beside transformers (a table and a CSV, "
+                            "see experiments/bench_sampler.py)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
     if args.bench is not None:
         sys.path.append(str(Path(__file__).parent / "experiments"))

@@ -38,6 +38,8 @@ def read_run(folder: Path, name: str, stride: int, notices: list[str]) -> Run:
     """The run, with the traces of every stride-th step and of the last; what is amiss joins `notices`."""
     config = json.loads((folder / "config.json").read_text())
     metrics, broken = read_jsonl(folder / "metrics.jsonl", lambda m: m["step"] >= 0)
+    metrics = [m | {f"{name} ({domain})": value for domain, part in (m.get("domains") or {}).items()
+                    for name, value in part.items()} for m in metrics]
     step = max((m["step"] for m in metrics), default=0)
     traces, more = read_jsonl(folder / "rollouts.jsonl",
                               lambda t: (t["step"] - 1) % stride == 0 or t["step"] == step)
@@ -86,6 +88,16 @@ def curve(runs: list[Run], name: str) -> dict | None:
         columns = [[line[step][0] for line in lines] for step in steps]
         points = [[sum(c) / len(c), min(c), max(c)] for c in columns]
     return {"x": steps} | dict(zip(("y", "low", "high"), map(list, zip(*points)))) if steps else None
+
+
+def profile(runs: list[Run], name: str) -> dict | None:
+    """As curve, of a metric with a value per "###" step: over their places, the mean of the last 10 lines."""
+    lists = [values for run in runs for values in [m[name] for m in run.metrics if name in m][-10:]
+             if isinstance(values, list)]
+    columns = {k + 1: [v for values in lists if len(values) > k and (v := number(values[k])) is not None]
+               for k in range(max(map(len, lists), default=0))}
+    points = [(k, number(sum(column) / len(column)), None, None) for k, column in columns.items() if column]
+    return dict(zip(("x", "y", "low", "high"), map(list, zip(*points)))) if points else None
 
 
 def held_out(runs: list[Run], label: str, group: int, ks: list[str]) -> dict:
@@ -162,9 +174,10 @@ def build(folders: list[Path], max_mb: float) -> dict:
                   "settings": {k: shown(v) for k, v in run.settings.items()}} for run in runs],
         "heldOut": [held_out(part, label, i, ks) for i, g in enumerate(groups) for part, label in
                     [([run], run.name) for run in g] + [(g, f"mean of {labels[i]}")] * (len(g) > 1)],
-        "curves": [{"name": name, "about": about.get("pass@k" if name in ks else name, ""), "lines": lines}
+        "curves": [{"name": name, "lines": lines,
+                    "about": about.get("pass@k" if name in ks else name.split(" (")[0], "")}
                    for name in found if (lines := [{"group": i, **line} for i, g in enumerate(groups)
-                                                   if (line := curve(g, name))])],
+                                                   if (line := curve(g, name) or profile(g, name))])],
         "problems": problems, "traces": [row for i, run in enumerate(runs) for row in trace_rows(i, run)],
     }
 

@@ -110,6 +110,16 @@ def test_numbers_that_json_has_not(tmp_path):
     assert [c["name"] for c in page["curves"]] == ["accuracy"]
 
 
+def test_metrics_by_domain_and_by_step_of_the_trace(tmp_path):
+    parts = [{"math": {"score": 0.2}, "code": {"score": 0.8}}, {"math": {"score": 0.4}}]
+    metrics = [dict(step=i, score=0.5, domains=part, step_grades=[0.5 * i, None, 0.25][: 4 - i])
+               for i, part in enumerate(parts, 1)]
+    curves = {c["name"]: c for c in report.build([write_run(tmp_path / "r", [], metrics)], 60)["curves"]}
+    assert list(curves) == ["score", "step_grades", "score (math)", "score (code)"]
+    assert curves["score (math)"]["lines"][0]["y"] == [0.2, 0.4] and curves["score (code)"]["about"]
+    assert (line := curves["step_grades"]["lines"][0])["x"] == [1, 3] and line["y"] == [0.75, 0.25]
+
+
 def test_groups_by_step_problem_and_size(tmp_path):
     ids = ["train/1"] * 8 + ["train/2"] * 3  # a problem twice in a step, then a group that lacks a trace
     run = write_run(tmp_path / "r", [trace(problem=i) for i in ids] + [trace(step=2)])
