@@ -151,10 +151,5 @@ def test_the_kernel_of_the_ablation_equals_its_twin(tmp_path):
     """As a fork would see to it before it trusts a GPU with the kernel."""
     pytest.importorskip("triton")
     copy_code(tmp_path, "kernel")
-    for name in ("conftest", "tiny", "test_policy_head"):
-        shutil.copy(tiny.ROOT / "tests" / f"{name}.py", tmp_path)
-    shutil.copy(tiny.ROOT / "experiments" / "bench_head.py", tmp_path / "experiments")
-    tests = "test_policy_head.py::test_every_term_against_float64[triton-all]"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests], cwd=tmp_path,
-                          env=tiny.os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    done = in_copy(tmp_path, "-c", TWINS, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
