@@ -1136,7 +1136,8 @@ def check_judge(state: State, settings: Settings, bar) -> None:
         if rank() == 0:
             problems = state.train[: settings.check_judge]
             records = traces_of(replace(state.policy, model=state.sampling), problems, 4,
-                                settings.max_new_tokens, settings.temperature, settings.seed)
+                                settings.max_new_tokens, settings.temperature, settings.seed,
+                                settings.max_rows)
             word, reason = check(state.judge, problems, records, settings.seed)
             bar.write(f"judge, on {len(problems)} problems: {word}; {reason}" + (
                 "" if word == "usable" else "\n  WARNING: calibrate it with `python judge.py` before you "

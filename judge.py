@@ -1,7 +1,6 @@
 """Judging: question, reference and trace in; grades out, from a frozen local language model.
 
-    python sample.py --model M --data D --n 4 --out traces.jsonl
-    python judge.py --judge Qwen2.5-1.5B-Instruct --data D --traces traces.jsonl  # calibrate before you train
+    python judge.py --judge Qwen2.5-1.5B-Instruct --policy M --data D --probes    # calibrate before you train
 
     rubric, question, reference | trace, stem -> readout -> grade 1..5 -> s = (grade - 1) / 4  (ExpRL, sec. 3)
 
@@ -37,7 +36,7 @@ import torch
 
 from data import Problem, is_correct
 from data.answers import last_box
-from sample import LM, Help, Sampler, evaluate, load_lm, pick_device, pick_dtype, problems_or_exit
+from sample import LM, Help, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, traces_of
 from sample import write_atomically
 
 # What the rubrics say about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
@@ -569,7 +568,8 @@ def calibrate_prefixes(judge: Judge, policy: LM, problems: list[Problem], record
     grades = np.array([g for v in verdicts for g in v.grades])
     prompts = [policy.chat(by_id[i].question) + policy.tokenizer.encode(
         text, add_special_tokens=False, split_special_tokens=True) for i, text in zip(ids, prefixes)]
-    rollouts = Sampler(policy.model).sample(prompts, n, max_new_tokens, temperature, seed)
+    room = room_for(policy, prompts, max_new_tokens)
+    rollouts = Sampler(policy.model).sample(prompts, n, room, temperature, seed)
     right = [is_correct(prefixes[k // n] + policy.text(r.token_ids), by_id[ids[k // n]].answer)
              for k, r in enumerate(rollouts)]
     success = np.array(right).reshape(-1, n).mean(1)
@@ -581,6 +581,15 @@ def calibrate_prefixes(judge: Judge, policy: LM, problems: list[Problem], record
     return {"prefixes": len(grades), "continuations": n, "success": mean(success),
             "corr": correlation(grades, success), "corr_low": low, "corr_high": high,
             "corr_within": correlation(*centred)}
+
+
+def room_for(policy: LM, prompts: list[list[int]], max_new_tokens: int) -> int:
+    """max_new_tokens, or less if the policy's context is too short for that behind the longest prompt."""
+    room = policy.model.config.max_position_embeddings - max(map(len, prompts))
+    if room < 1:
+        raise SystemExit(f"a prompt of {max(map(len, prompts))} tokens fills the context of {policy.name}: take "
+                         "another --policy, or shorter problems")
+    return min(max_new_tokens, room)
 
 
 def read_traces(path: str, problems: list[Problem]) -> list[dict]:
@@ -689,9 +698,11 @@ def main() -> None:
                         help="files or hub data set ids; science=FILE names the domain of a file's rows")
     parser.add_argument("--traces", default=None,
                         help="JSONL written by `sample.py --out` on the same data; without it, sampled first")
-    parser.add_argument("--policy", default=None, help="who writes the traces; default: the judge's model")
+    parser.add_argument("--policy", default=None,
+                        help="who writes the traces; default: the judge's model, or the embedded policy")
     parser.add_argument("--n", type=int, default=4, help="traces per problem, where they are sampled")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="a sampled trace is cut off here")
+    parser.add_argument("--max-new-tokens", type=int, default=1024,
+                        help="a sampled trace is cut off here, or where the policy's context ends")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampling")
     parser.add_argument("--conditions", nargs="+", default=["right", "none", "wrong"],
                         choices=["right", "none", "wrong"])
@@ -717,11 +728,14 @@ def main() -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     lm = load_lm(args.judge, device, dtype)
+    if args.judge == parser.get_default("judge"):
+        args.policy = args.policy or "data/miniature/policy"
     policy = load_lm(args.policy, device, dtype) if args.policy else lm
     if records is None:
         problems = problems[: -(-args.limit // args.n)]
         print(f"{policy.name} writes {args.n} traces for each of {len(problems)} problems", flush=True)
-        _, records = evaluate(policy, problems, args.n, [1], args.max_new_tokens, args.temperature, args.seed)
+        room = room_for(policy, [policy.chat(p.question) for p in problems], args.max_new_tokens)
+        records = traces_of(policy, problems, args.n, room, args.temperature, args.seed)
         if args.out:
             write_atomically(args.out.with_suffix(".traces.jsonl"),
                              "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
