@@ -479,7 +479,7 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
         return "noise", (f"{right['unread']:.0%} of its grades cannot be read; try --readout expected, which "
                          "always can")
     if math.isnan(right["auroc"]):
-        return "noise", "for all one can tell: that takes right and wrong traces; sample more, easier problems"
+        return "noise", "for all one can tell, which takes right and wrong traces: sample more"
     if not right["auroc_low"] > 0.5:
         return "noise", f"{known} does not exclude chance; {remedy}, or more traces if the interval is wide"
     if drop < 0.1:
@@ -587,8 +587,8 @@ def room_for(policy: LM, prompts: list[list[int]], max_new_tokens: int) -> int:
     """max_new_tokens, or less if the policy's context is too short for that behind the longest prompt."""
     room = policy.model.config.max_position_embeddings - max(map(len, prompts))
     if room < 1:
-        raise SystemExit(f"a prompt of {max(map(len, prompts))} tokens fills the context of {policy.name}: take "
-                         "another --policy, or shorter problems")
+        raise SystemExit(f"a prompt of {max(map(len, prompts))} tokens fills the context of {policy.name}: "
+                         "take another --policy, or shorter problems")
     return min(max_new_tokens, room)
 
 

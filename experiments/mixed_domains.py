@@ -52,7 +52,8 @@ def main() -> None:
             for kind in KINDS:
                 of = m.get("domains", {}).get(kind)
                 if of:
-                    table.writerow([m["step"], kind, *(f"{of[n]:.4f}" for n in ("score", "accuracy")), *3 * [""]])
+                    values = [f"{of[name]:.4f}" for name in ("score", "accuracy")]
+                    table.writerow([m["step"], kind, *values, "", "", ""])
                 elif "accuracy" not in m:
                     values = held_out(run / "evaluations" / f"step_{m['step']}.jsonl", kind)
                     table.writerow([m["step"], kind, "", "", *(f"{v:.4f}" for v in values)])
