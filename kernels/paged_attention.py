@@ -8,7 +8,7 @@
 The H query heads are KVH groups of g: no head is repeated, and no cache is gathered or concatenated.
 
 PyTorch (CPU): the pages in use lie densely at the front of the pool, so ONE batched product over
-(page, kv head) reads keys[:used] in place; a page's weights are exp(scores - lse of its row), and its
+(page, kv head) reads keys[:used] in place; a page's weights are exp(scores - highest of its row), and its
 result is added to that row. A page that several rows share (a prompt's) is read once for up to SHARERS of them.
 Measured, one thread of an EPYC 9004, 64 rows of 308 tokens, 9 heads on 3 of 64, ms a layer, bf16/f32:
 this 3.0 / 6.5 (page 32), one product a row over a view of a slot cache 9.5 / 7.7 (bfloat16 copies the view),
@@ -40,106 +40,88 @@ def paged_attention(query, keys, values, table, lengths, scaling, plan=None):
 
     lengths[r] >= 1; table entries beyond a row's pages are ignored, and so is what lies in a page beyond the
     row's length (the PyTorch version needs it finite, the Triton version does not read it). plan: on a CPU,
-    plan_pages(table, lengths, P), which all layers of a step share; made here if it is not given.
+    plan_pages(table, lengths, KVH, P), which all layers of a step share; made here if it is not given.
     """
     assert query.ndim == 3 and keys.shape == values.shape and keys.shape[3] == query.shape[2], (
         query.shape, keys.shape, values.shape)
     assert query.shape[1] % keys.shape[1] == 0, f"{query.shape[1]} heads are not groups of {keys.shape[1]}"
     if query.is_cuda and triton is not None:
         return triton_paged_attention(query, keys, values, table, lengths, scaling)
-    plan = plan or plan_pages(table.cpu().numpy(), lengths.cpu().numpy(), keys.shape[2], query.device)
+    plan = plan or plan_pages(table.cpu().numpy(), lengths.cpu().numpy(), *keys.shape[1:3], query.device)
     return torch_paged_attention(query, keys, values, plan, scaling)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which page serves which row, as tensors. n pages in front of the pool, S groups of at most B rows that
-    share a page; `place` numbers (row, page of the row), R*M stands for nowhere."""
+    """Who reads which page, as tensors. The first n pages of the pool are read once each, for one row; the S
+    pages of `shared` once more, for up to B rows each. That makes E = n KVH + S KVH B reads by g heads."""
 
-    rows: int
     width: int  # M: pages of the longest row
-    reader: torch.Tensor  # (n,) the row that a page belongs to
-    target: torch.Tensor  # (n,) the same, or R: a page that several rows share, or none
-    place: torch.Tensor  # (n,)
-    bias: torch.Tensor  # (n,1,P) 0 or a large negative number beyond the row's length
-    shared: torch.Tensor  # (S,) pages
-    shared_reader: torch.Tensor  # (S,B)
-    shared_target: torch.Tensor  # (S,B)
-    shared_place: torch.Tensor  # (S,B)
-    shared_bias: torch.Tensor  # (S*B,1,P)
+    pages: int  # n
+    shared: torch.Tensor  # (S,)
+    reader: torch.Tensor  # (E,) row and kv head: row * KVH + head
+    target: torch.Tensor  # (E,) the same, or row R where nobody needs it: no row's page, or a shared one's
+    place: torch.Tensor  # (E,) (row * M + which of the row's pages) * KVH + head, or R * M for the row
+    bias: torch.Tensor  # (E,1,P) 0, or a large negative number beyond the row's length
 
 
-def plan_pages(table: np.ndarray, lengths: np.ndarray, P: int, device="cpu") -> Plan:
-    """Turn the page table (R,M) into the jobs of torch_paged_attention."""
+def plan_pages(table: np.ndarray, lengths: np.ndarray, KVH: int, P: int, device="cpu") -> Plan:
+    """Turn the page table (R,M) into the reads of torch_paged_attention."""
     R = len(lengths)
     counts = -(-lengths // P)
     M = int(counts.max())
     row = np.repeat(np.arange(R), counts)
     index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the page in its row
     page = table[row, index].astype(np.int64)
-    place, fill = row * M + index, np.minimum(lengths[row] - index * P, P)
     users = np.bincount(page)
     n, single = len(users), users[page] == 1
-
-    def spread(kind, empty):
-        out = np.full(n, empty)
-        out[page[single]] = kind[single]
-        return torch.from_numpy(out).to(device)
-
-    def bias(fill):
-        outside = torch.arange(P, device=device) >= fill[..., None]
-        return torch.zeros(outside.shape, device=device).masked_fill_(outside, -1e30)[..., None, :]
-
     order = np.flatnonzero(~single)[np.argsort(page[~single], kind="stable")]
     rank = np.arange(len(order)) - np.searchsorted(page[order], page[order])  # among the rows of the page
-    width = min(int(rank.max(initial=0)) + 1, SHARERS)
-    groups, group = np.unique(page[order] * R + rank // width, return_inverse=True)
+    B = min(int(rank.max(initial=0)) + 1, SHARERS)
+    groups, group = np.unique(page[order] * R + rank // B, return_inverse=True)
+    S, which = len(groups), np.concatenate([np.flatnonzero(single), order])
+    job = np.concatenate([page[single], n + group * B + rank % B])  # of n + S B
 
-    def gather(kind, empty):
-        out = np.full((len(groups), width), empty)
-        out[group, rank % width] = kind[order]
-        return torch.from_numpy(out).to(device)
+    def spread(kind, empty):
+        out = np.full(n + S * B, empty)
+        out[job] = kind[which]
+        heads = np.arange(KVH)
+        own, shared = out[:n, None] * KVH + heads, out[n:].reshape(S, 1, B) * KVH + heads[:, None]
+        return torch.from_numpy(np.concatenate([own.ravel(), shared.ravel()])).to(device)
 
-    return Plan(
-        R, M, spread(row, 0), spread(row, R), spread(place, R * M), bias(spread(fill, 0)),
-        torch.from_numpy(groups // R).to(device), gather(row, 0), gather(row, R), gather(place, R * M),
-        bias(gather(fill, P).flatten()))
+    fill = spread(np.minimum(lengths[row] - index * P, P), 0) // KVH
+    outside = torch.arange(P, device=device) >= fill[:, None, None]
+    bias = torch.zeros(outside.shape, device=device).masked_fill_(outside, -1e30)
+    return Plan(M, n, torch.from_numpy(groups // R).to(device), spread(row, 0), spread(row, R),
+                spread(row * M + index, R * M), bias)
 
 
 def torch_paged_attention(query, keys, values, plan, scaling):
-    (R, H, D), (_, KVH, P, _) = query.shape, keys.shape
-    g, n, (S, B) = H // KVH, len(plan.reader), plan.shared_reader.shape
-    query = query.reshape(R, H * D)
-    # scores of every page in use with the row it belongs to: a batched product over (page, kv head)
-    own = query.index_select(0, plan.reader).view(n * KVH, g, D)
-    scores = torch.bmm(own, keys[:n].flatten(0, 1).transpose(1, 2)).view(n, H, P) + plan.bias  # float32
-    # the highest of each (row, page of the row); the entry behind them takes what belongs to no row
-    top = scores.new_full((R * plan.width + 1, H), -torch.inf)
-    top[plan.place] = scores.amax(-1)
-    if S:  # one read of a shared page for up to B rows: their B * g heads are the rows of one product
-        own = query.index_select(0, plan.shared_reader.flatten()).view(S, B, KVH, g, D).transpose(1, 2)
+    (R, H, D), (_, KVH, P, _), M, n = query.shape, keys.shape, plan.width, plan.pages
+    g, own, S = H // KVH, n * KVH, len(plan.shared)
+    queries = query.reshape(R * KVH, g * D).index_select(0, plan.reader)  # (E,gD)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.empty(len(queries), g, P, dtype=dtype, device=query.device)  # (E,g,P)
+    product = torch.bmm(queries[:own].view(own, g, D), keys[:n].flatten(0, 1).transpose(1, 2))
+    torch.add(product, plan.bias[:own], out=scores[:own])
+    if S:  # the B * g heads that read a shared page are the rows of one product
         shared_keys, shared_values = (x.index_select(0, plan.shared).flatten(0, 1) for x in (keys, values))
-        shared = torch.bmm(own.reshape(S * KVH, B * g, D), shared_keys.transpose(1, 2))
-        shared = shared.view(S, KVH, B, g, P).transpose(1, 2).reshape(S * B, H, P) + plan.shared_bias
-        top[plan.shared_place.flatten()] = shared.amax(-1)
-    scale = scaling * math.log2(math.e)  # of the scores: exp2 takes a third of exp's time
-    shift = top[:-1].view(R, plan.width, H).amax(1) * -scale  # (R,H)
-    out, total = scores.new_zeros(R + 1, H * D), scores.new_zeros(R + 1, H)
-
-    def weigh(scores, reader, target):
-        weights = torch.add(shift.index_select(0, reader)[..., None], scores, alpha=scale).exp2_()
-        total.index_add_(0, target, weights.sum(-1))
-        return weights.to(values.dtype)
-
-    weights = weigh(scores, plan.reader, plan.target).view(n * KVH, g, P)
-    part = torch.bmm(weights, values[:n].flatten(0, 1))
-    out.index_add_(0, plan.target, part.view(n, H * D).to(out.dtype))
+        product = torch.bmm(queries[own:].view(S * KVH, -1, D), shared_keys.transpose(1, 2))
+        torch.add(product.view(-1, g, P), plan.bias[own:], out=scores[own:])
+    top = scores.new_full(((R * M + 1) * KVH, g), -torch.inf)
+    top[plan.place] = scores.amax(-1)
+    scale = scaling * math.log2(math.e)  # exp2 takes a third of exp's time
+    shift = top[: R * M * KVH].view(R, M, H).amax(1).view(R * KVH, g) * -scale
+    weights = torch.add(shift.index_select(0, plan.reader)[..., None], scores, alpha=scale).exp2_()
+    total = top.new_zeros((R + 1) * KVH, g).index_add_(0, plan.target, weights.sum(-1))
+    weights = weights.to(values.dtype)
+    out = top.new_zeros((R + 1) * KVH, g * D)
+    product = torch.bmm(weights[:own], values[:n].flatten(0, 1))
+    out.index_add_(0, plan.target[:own], product.flatten(1).to(out.dtype))
     if S:
-        weights = weigh(shared, plan.shared_reader.flatten(), plan.shared_target.flatten())
-        weights = weights.view(S, B, KVH, g, P).transpose(1, 2).reshape(S * KVH, B * g, P)
-        part = torch.bmm(weights, shared_values).view(S, KVH, B, g, D).transpose(1, 2)
-        out.index_add_(0, plan.shared_target.flatten(), part.reshape(S * B, H * D).to(out.dtype))
-    return (out[:R].view(R, H, D) / total[:R, :, None]).to(query.dtype)
+        product = torch.bmm(weights[own:].view(S * KVH, -1, P), shared_values)
+        out.index_add_(0, plan.target[own:], product.view(-1, g * D).to(out.dtype))
+    return (out[: R * KVH].view(R, H, D) / total[: R * KVH].view(R, H, 1)).to(query.dtype)
 
 
 if triton is not None:

@@ -20,7 +20,7 @@ def attend(version, case, scaling, splits=1):
     query, keys, values, table, lengths = (x.to(DEVICE) for x in case)
     if version == "triton":
         return paged.triton_paged_attention(query, keys, values, table, lengths, scaling, splits).cpu()
-    plan = paged.plan_pages(table.cpu().numpy(), lengths.cpu().numpy(), keys.shape[2], query.device)
+    plan = paged.plan_pages(table.cpu().numpy(), lengths.cpu().numpy(), *keys.shape[1:3], query.device)
     return paged.torch_paged_attention(query, keys, values, plan, scaling).cpu()
 
 
@@ -84,10 +84,10 @@ def test_a_plan_names_every_page_once():
         table = rng.permutation(R * M).reshape(R, M).astype(np.int32)
         table[:, : M // 2] = table[0, : M // 2]
         lengths = rng.integers(M // 2 * P + 1, M * P + 1, R).astype(np.int32)
-        plan = paged.plan_pages(table, lengths, P)
-        named = [plan.place[plan.target < R], plan.shared_place[plan.shared_target < R]]
-        named = torch.cat(named).sort().values
-        want = [r * plan.width + i for r in range(R) for i in range(-(-int(lengths[r]) // P))]
+        plan = paged.plan_pages(table, lengths, 2, P)
+        named = plan.place[plan.target < 2 * R].sort().values
+        want = [2 * (r * plan.width + i) + head for r in range(R) for i in range(-(-int(lengths[r]) // P))
+                for head in range(2)]
         assert named.tolist() == want
 
 
