@@ -11,7 +11,8 @@ PyTorch (CPU): the pages in use lie densely at the front of the pool, so ONE bat
 (page, kv head) reads keys[:used] in place; a page's weights are exp(scores - highest of its row), and its
 result is added to that row. A page that several rows share (a prompt's) is read once for up to SHARERS of them.
 Measured, one thread of an EPYC 9004, 64 rows of 308 tokens, 9 heads on 3 of 64, ms a layer, bf16/f32:
-this 3.0 / 6.5 (page 32), one product a row over a view of a slot cache 9.5 / 7.7 (bfloat16 copies the view),
+this 2.5 / 4.3 (page 32), of which reading keys and values at a thread's 13 GB/s is 1.2 / 2.3. In an
+earlier run: one product a row over a view of a slot cache 9.5 / 7.7 (bfloat16 copies the view),
 scaled_dot_product_attention with the group as query tokens 6.5 / 5.2, pages gathered first 9.6 / 37.
 
 Triton (CUDA): a program per row, kv head and split of the sequence; splits are used when rows are few, and
