@@ -125,7 +125,8 @@ def trace_rows(index: int, run: Run) -> list[list]:
         rows.append([index, group, t["step"], str(t.get("problem")), str(t.get("text")),
                      [number(g) for g in t.get("grades") or []], t.get("correct"),
                      [number(a) for a in (steps or t.get("advantage") or [])], bool(steps),
-                     t.get("finished", True), t.get("tokens", 0), shown(t.get("judge") or "")])
+                     t.get("finished", True), t.get("tokens", 0), shown(t.get("judge") or ""),
+                     t.get("domain", "")])
     return rows
 
 

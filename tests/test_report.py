@@ -348,7 +348,7 @@ def page(tmp_path):
               trace("### a\nhigh", grades=[0.9], advantage=[1.2, 1.2], tokens=10, correct=True,
                     judge="Score: 5"),
               trace("### a\nwrong but liked", grades=[1.0], advantage=[0.4, 0.4], tokens=20),
-              trace("### a\nnot read", grades=[None], tokens=40), *[process] * 4]
+              trace("### a\nnot read", grades=[None], tokens=40, domain="physics"), *[process] * 4]
     runs = [write_run(tmp_path / "a", traces, metrics), write_run(tmp_path / "b", [], metrics, seed=1),
             write_run(tmp_path / "c", traces, metrics, lr=1e-3, method="process")]
     report.main([*map(str, runs), "--out", str(tmp_path / "report.html")])
@@ -415,7 +415,7 @@ def test_filters_sorts_and_searches(browser, page):
     assert browser.js(COUNT) == "4 of 16 traces"
     browser.set("run", ""), browser.set("step", "")
     for query, many in [("NOT READ", 2), ("score: 5", 2), ("train/2", 8), ("REF0", 8), ("o.t", 0), ("(", 0),
-                        ("\\boxed{2}", 8)]:
+                        ("\\boxed{2}", 8), ("physics", 2)]:
         browser.set("query", query)
         assert browser.js(COUNT) == f"{many} of 16 traces", query
     browser.set("query", "but LIKED")
