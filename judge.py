@@ -679,7 +679,7 @@ PAPER = {"Qwen3-0.6B": (48.6, 48.5, 47.5), "Qwen3-4B": (17.8, 39.2, 50.4), "Qwen
 
 EXAMPLES = """\
 examples
-    python judge.py --policy data/miniature/policy                     the embedded judge, the embedded policy
+    python judge.py                                                    the embedded judge, the embedded policy
     python judge.py --judge J --policy M --data D                      sample traces of M first
     python judge.py --judge J --data D --traces traces.jsonl           those that sample.py --out wrote
     python judge.py --judge J --data D --traces traces.jsonl --probes  flattery and forged fences, too
