@@ -252,9 +252,7 @@ def report(args) -> None:
         cells = {lr: f"**{v:.1%}**" if v == max(found.values()) else f"{v:.1%}" for lr, v in found.items()}
         print(f"| {method} | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
     for stage in ("I", "II"):
-        for split in args.splits:
-            print(table([r for r in rows if (r["stage"], r["split"]) == (stage, split)], stage, split))
-
+        print(table([r for r in rows if r["stage"] == stage], stage, args.splits))
     ours = [r for r in rows if r["split"] == args.splits[0] and r["method"] in PAPER]
     runs = {"I": {}, "II": {}}  # stage -> method -> the metrics of its runs, a list of steps per seed
     for r in ours:
@@ -291,24 +289,31 @@ def report(args) -> None:
     ])
 
 
-def table(rows: list[dict], stage: str, split: str) -> str:
-    """In the form of the paper's Tables 1 and 2: means over seeds, in brackets the lowest and the highest;
-    then pass@1 minus sparse GRPO's (per problem the mean over seeds) with its 95% interval over problems."""
-    names = [f"after Stage {stage}, {split}", "rate", "pass@1", f"pass@{max(KS)}", "worked", "minus grpo",
-             "CPU s", "seeds"]
+def table(rows: list[dict], stage: str, splits: list[str]) -> str:
+    """In the form of the paper's Tables 1 and 2, in percent: means over seeds, in brackets the lowest and the
+    highest; then pass@1 minus sparse GRPO's, with its 95% interval over problems (means over seeds)."""
+    measures = ("pass@1", f"pass@{max(KS)}", "worked")
+    names = [f"after Stage {stage}", "rate", "seeds", "CPU s"]
+    names += [f"{split} {measure}" for split in splits for measure in (*measures, "minus grpo")]
     lines = [f"\n| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    rates = {m: np.mean([r["right"] for r in rows if r["method"] == m], 0) / max(KS) for m in METHODS
-             if any(r["method"] == m for r in rows)}
-    for method, solved in rates.items():
-        found = [r for r in rows if r["method"] == method]
-        cells = [method, " ".join(sorted({f"{r['lr']:g}" for r in found}))]
-        for name in ("pass@1", f"pass@{max(KS)}", "worked"):
-            values = [r[name] for r in found]
-            cells.append(f"{np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})")
-        difference = solved - rates["grpo"] if method != "grpo" and "grpo" in rates else None
-        cells.append("" if difference is None else "{:+.1%} ({:+.1%} to {:+.1%})".format(
-            difference.mean(), *bootstrap_interval(difference)))
-        cells += [f"{np.mean([r['seconds'] for r in found]):.0f}", str(len(found))]
+    for method in METHODS:
+        ours = [r for r in rows if r["method"] == method and r["split"] == splits[0]]
+        if not ours:
+            continue
+        cells = [method, " ".join(sorted({f"{r['lr']:g}" for r in ours})), str(len(ours)),
+                 f"{np.mean([r['seconds'] for r in ours]):.0f}"]
+        for split in splits:
+            mine, sparse = ([r for r in rows if (r["method"], r["split"]) == (m, split)]
+                            for m in (method, "grpo"))
+            for measure in measures:
+                values = [100 * r[measure] for r in mine]
+                cells.append(f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+            cells.append("")
+            if sparse and method != "grpo":
+                solved, theirs = (np.mean([r["right"] for r in found], 0) for found in (mine, sparse))
+                difference = 100 * (solved - theirs) / max(KS)
+                low, high = bootstrap_interval(difference)
+                cells[-1] = f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ def test_comparison_runs_and_reports(tmp_path):
     done = tiny.run(*command)
     assert [(r["stage"], r["method"], r["split"]) for r in read(tmp_path)] == [
         ("I", "base", "eval"), ("II", "base", "eval")]
-    assert "after Stage II, eval" in done.stdout and "<polyline" in (tmp_path / "dynamics.svg").read_text()
+    assert "| after Stage II | rate |" in done.stdout and "<polyline" in (tmp_path / "dynamics.svg").read_text()
 
 
 def test_a_failing_run_stops_the_comparison_with_its_message(tmp_path):
