@@ -1,0 +1,144 @@
+"""A long run with random kills beside an undisturbed one: do both end with the same bits, does memory grow?
+
+    python experiments/endurance.py --out FOLDER        # 300 steps of the miniature, two runs, on one thread
+
+One run goes through. The other is killed again and again after a random time, by SIGKILL or SIGTERM, and
+resumed. Then weights, optimizer moments, metrics and traces of both are compared, bit for bit.
+Writes results/endurance.csv, a line per step: the peak memory of each process (resident, libraries included)
+since it was started, how often the second run was killed until then; and results/endurance.svg from it.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+FLAGS = """--questions 2 --group 4 --max-new-tokens 32 --save-every 20 --show-every 0 --device cpu
+           --eval-every 100 --eval-limit 4 --eval-n 2 --eval-k 1 2""".split()
+VOLATILE = {"seconds", "sample_tok_s", "judge_tok_s", "train_tok_s", "peak_gb", "tokens_per_second"}
+
+
+def start(*command) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "exprl.py", *command], cwd=ROOT, stdout=subprocess.DEVNULL,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def read(path: Path) -> list[dict]:
+    found = []
+    for line in path.read_text().split("\n") if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # empty, or torn by a kill
+            pass
+    return found
+
+
+def completed(run: Path) -> int:
+    return max((m["step"] for m in read(run / "metrics.jsonl") if "seconds" in m), default=0)
+
+
+def disturbed(run: Path, steps: int, pause: float, rng: random.Random) -> list[tuple[int, str]]:
+    """Kill and resume until the run ends by itself -> (last step logged, signal) of each kill."""
+    kills = []
+    while True:
+        begun = (run / "config.json").exists()
+        flags = ["--resume", str(run)] if begun else [*FLAGS, "--steps", str(steps), "--out", str(run)]
+        process = start(*flags)
+        before = completed(run)
+        while completed(run) == before and process.poll() is None:  # loading is not what is tested
+            time.sleep(0.5)
+        try:
+            process.wait(rng.uniform(0, pause))
+        except subprocess.TimeoutExpired:
+            number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+            process.send_signal(number)
+            process.wait()
+            if process.returncode not in (0, -signal.SIGKILL):
+                raise SystemExit(f"{number.name} ended the run with {process.returncode}")
+            kills.append((completed(run), number.name))
+            print(f"step {kills[-1][0]}: {number.name}", flush=True)
+        else:
+            if process.returncode:
+                raise SystemExit(f"a run ended with {process.returncode}; its message stands above")
+            return kills
+
+
+def differences(a: Path, b: Path, steps: int) -> list[str]:
+    """What the ends of two runs do not share, bit for bit."""
+    found = []
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, two = (load_file(run / "checkpoints" / f"step_{steps}" / name) for run in (a, b))
+        found += [key for key in one.keys() | two.keys()
+                  if key not in one or key not in two or one[key].tobytes() != two[key].tobytes()]
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        one, two = ([{k: v for k, v in line.items() if k not in VOLATILE} for line in read(run / name)]
+                    for run in (a, b))
+        found += [name] * (one != two)
+    return found
+
+
+def figure(rows: list[dict]) -> str:
+    """Both columns of memory over the steps, as an SVG."""
+    width, height, top = 640, 200, 1.1 * max(max(row["whole_gb"], row["killed_gb"]) for row in rows)
+    drawn = []
+    for name, color in (("whole_gb", "#1f77b4"), ("killed_gb", "#d62728")):
+        at = [(50 + width * row["step"] / len(rows), 20 + height * (1 - row[name] / top)) for row in rows]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        drawn.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+    labels = [(45, 24 + height * (1 - i / 2), "end", f"{top * i / 2:.2f} GB") for i in range(3)]
+    labels += [(50, height + 40, "start", "step 1"), (50 + width, height + 40, "end", f"step {len(rows)}"),
+               (200, height + 40, "start", "blue: undisturbed, red: killed and resumed")]
+    drawn += [f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in labels]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-20 0 {width + 90} {height + 50}" '
+            'font-size="12" font-family="sans-serif"><rect x="-20" width="100%" height="100%" fill="white"/>'
+            f'{"".join(drawn)}</svg>\n')
+
+
+def report(whole: Path, killed: Path, steps: int, kills: list[tuple[int, str]], results: Path) -> None:
+    """Table, figure and verdict of two finished runs; ends the program with 1 if they differ."""
+    memory = [{m["step"]: m["peak_gb"] for m in read(run / "metrics.jsonl") if "seconds" in m}
+              for run in (whole, killed)]
+    rows = [dict(step=step, whole_gb=round(memory[0][step], 4), killed_gb=round(memory[1][step], 4),
+                 kills=sum(at < step for at, _ in kills)) for step in range(1, steps + 1)]
+    with open(results / "endurance.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    (results / "endurance.svg").write_text(figure(rows))
+    differing = differences(whole, killed, steps)
+    grown = rows[-1]["whole_gb"] - rows[min(49, len(rows) - 1)]["whole_gb"]
+    print(f"{len(kills)} kills ({sum(name == 'SIGKILL' for _, name in kills)} SIGKILL); "
+          f"{'bit for bit the same' if not differing else 'DIFFERENT: ' + ', '.join(differing[:5])}; "
+          f"memory grew by {1024 * grown:.1f} MB from step 50 to {steps}")
+    raise SystemExit(bool(differing))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--pause", type=float, default=60, help="a kill comes within so many seconds")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the two runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    whole, killed = args.out / "whole", args.out / "killed"
+    process = start(*FLAGS, "--steps", str(args.steps), "--out", str(whole.resolve()))
+    kills = disturbed(killed.resolve(), args.steps, args.pause, random.Random(args.seed))
+    if process.wait():
+        raise SystemExit(f"the undisturbed run ended with {process.returncode}; its message stands above")
+    report(whole, killed, args.steps, kills, args.results)
+
+
+if __name__ == "__main__":
+    main()
