@@ -85,6 +85,7 @@ class Settings:
     max_new_tokens: int = 1024  # a trace is cut off here
     temperature: float = 0.8  # of sampling, and of every log-prob in the loss
     max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
+    cache_gb: float = 0.0  # keys and values of the policy, and of the judge; 0: as much as training leaves
     # judging
     readout: str = ""  # expected, critique, generate, likelihood (see judge.py); default: expected or its own
     reference: str = "right"  # what the judge sees as reference: right, none, wrong (another problem's)
@@ -567,6 +568,7 @@ def microbatches(rows: list[int], lengths: list[int], budget: int, group: int = 
     for row in rows:
         longest[row // group] = max(longest.get(row // group, 0), lengths[row])
     batches: list[list[int]] = []
+    width = 0  # of the last one
     for row in sorted(rows, key=lambda r: (longest[r // group], r // group, lengths[r])):
         if batches and (len(batches[-1]) + 1) * max(width, lengths[row]) <= budget:
             batches[-1].append(row)
@@ -594,27 +596,27 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     """`updates` optimizer updates, each over its share of the problems. Returns the loss's metrics."""
     temperature = loss_temperature(settings)
     groups = torch.arange(len(batch.lengths)).view(-1, 1 if settings.method == "sft" else settings.group)
-    shares = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if part.numel()]
+    parts = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if part.numel()]
     totals = dict(tokens=0.0, entropy=0.0, kl=0.0, ratio_gap=0.0, clip_share=0.0, nll=0.0)
     norms = []
     # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
     # 1 and needs no pass; the later ones need theirs before the weights move.
     sampled_with = state.policy.model if ranks() == 1 else state.sampling
-    old = [None] + [all_logprobs(sampled_with, settings, batch, share, state.amp()) for share in shares[1:]]
-    for share, old_logp in zip(shares, old):
-        share = [row for row in share if batch.read[row]]
+    old = [None] + [all_logprobs(sampled_with, settings, batch, part, state.amp()) for part in parts[1:]]
+    for part, old_logp in zip(parts, old):
+        part = [row for row in part if batch.read[row]]
         # Divide by the update's sampled tokens, not a micro-batch's: the split must not change the gradient.
         # FSDP takes the mean over processes, where the sum is meant.
-        denominator = max(total(int(batch.mask[share].sum()) if share else 0), 1) / ranks()
+        denominator = max(total(int(batch.mask[part].sum()) if part else 0), 1) / ranks()
         # without a KL or an entropy bonus, a row without advantage has no gradient
         always = settings.kl > 0 or settings.entropy_bonus > 0
-        moving = [row for row in share if always or batch.advantages[row].any()]
-        parts = list(cut(batch, moving, settings))
+        moving = [row for row in part if always or batch.advantages[row].any()]
+        passes = list(cut(batch, moving, settings))
         shortest = min(range(len(batch.lengths)), key=batch.lengths.__getitem__)
-        for i in range(max(gather(len(parts)))):
+        for i in range(max(gather(len(passes)))):
             # Each process runs as many passes as the busiest: those beyond its own count nothing.
-            own = i < len(parts)
-            ids, mask, take, rows = parts[i] if own else next(cut(batch, [shortest], settings))
+            own = i < len(passes)
+            ids, mask, take, rows = passes[i] if own else next(cut(batch, [shortest], settings))
             before = None if old_logp is None else take(old_logp)
             if batch.teacher:
                 head = partial(distillation_head, state, settings, batch, rows, denominator)
@@ -642,7 +644,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     totals = {name: sum(values) for name, values in zip(totals, zip(*gather(list(totals.values()))))}
     tokens = totals.pop("tokens")  # of the rows that had a gradient; without any there is nothing to report
     finite = [norm for norm in norms if math.isfinite(norm)]
-    metrics = {name: total / tokens if tokens else None for name, total in totals.items()} | {
+    metrics = {name: value / tokens if tokens else None for name, value in totals.items()} | {
         "grad_norm": mean(finite), "skipped_updates": len(norms) - len(finite)}
     if settings.method == "sft":
         return metrics | {"ratio_gap": None}  # nobody sampled these tokens
@@ -786,16 +788,26 @@ def load_state(settings: Settings, weights: str | None) -> State:
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
         reference.model.set_attn_implementation(policy.model.config._attn_implementation)
+    room = settings.cache_gb or cache_room(policy.model, device)
     if judged:
         judge_device = own_device(settings.judge_device) if settings.judge_device else device
         lm = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
         lm.model.requires_grad_(False)
         judge = Judge(lm.model, lm.tokenizer, lm.prompts, settings.readout or None,
-                      max_rows=settings.max_rows)
+                      max_rows=settings.max_rows, cache_gb=room if judge_device == device else None)
         judge.check_view(settings.step_view if settings.method == "process" else "outcome")
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
-    return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows), judge,
+    return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows, room), judge,
                  reference and reference.model, train, shown, held_out, device, dtype)
+
+
+def cache_room(model, device: str) -> float | None:
+    """GB of keys and values for the policy and for the judge, each: on a GPU 30% of what is free, less what
+    gradients and moments (and, with several processes, masters) will take. A CPU has the sampler's default."""
+    if not device.startswith("cuda"):
+        return None
+    later = (12 if ranks() == 1 else 16 / ranks()) * sum(p.numel() for p in model.parameters())
+    return max(0.3 * (torch.cuda.mem_get_info(device)[0] - later) / 2**30, 0.0)
 
 
 def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
@@ -937,7 +949,7 @@ def join() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # One may wait for the other's longest traces; a process that dies is noticed at once, by torchrun and gloo.
+    # One may wait for the other's longest traces; one that dies is noticed at once, by torchrun and gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             timeout=timedelta(hours=6))
     if rank():  # one voice; only what nobody expected is shown by the process it happened to
@@ -973,8 +985,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def together(state: "State | None" = None):
-    """Around what a process does alone: afterwards all learn whether one of them failed or, given a state, was
-    told to stop, and all raise Stop. So none waits for others that do not come."""
+    """Around what a process does alone: afterwards all learn whether one of them failed or, given a state,
+    was told to stop, and all raise Stop. So none waits for others that do not come."""
     if ranks() == 1:
         yield
         return
@@ -1135,9 +1147,9 @@ def check_judge(state: State, settings: Settings, bar) -> None:
     with together(state):
         if rank() == 0:
             problems = state.train[: settings.check_judge]
-            records = traces_of(replace(state.policy, model=state.sampling), problems, 4,
+            records = traces_of(state.policy, problems, 4,
                                 settings.max_new_tokens, settings.temperature, settings.seed,
-                                settings.max_rows)
+                                sampler=state.sampler)
             word, reason = check(state.judge, problems, records, settings.seed)
             bar.write(f"judge, on {len(problems)} problems: {word}; {reason}" + (
                 "" if word == "usable" else "\n  WARNING: calibrate it with `python judge.py` before you "
@@ -1148,14 +1160,13 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     """pass@k on the held-out problems -> a line of metrics.jsonl, the traces into evaluations/."""
     state.phase = "evaluating"
     # Always the same noise: before and after differ by the weights alone.
-    lm = replace(state.policy, model=state.sampling)
     places, start = share(len(state.held_out)), time.perf_counter()
     with together(state), tqdm(total=len(places) * settings.eval_n, unit="trace", leave=False,
                                disable=bar.disable,
                                desc=f"evaluating, step {state.step}") as inner:
-        records = traces_of(lm, [state.held_out[place] for place in places], settings.eval_n,
+        records = traces_of(state.policy, [state.held_out[place] for place in places], settings.eval_n,
                             settings.max_new_tokens, settings.temperature, settings.seed << 32,
-                            settings.max_rows, inner.update, places=places)
+                            progress=inner.update, places=places, sampler=state.sampler)
     records = in_order(places, records)
     metrics = summary(records, settings.eval_n, settings.eval_k, time.perf_counter() - start)
     if rank() == 0:
@@ -1392,7 +1403,8 @@ def start_run(settings: Settings) -> tuple[Path, State]:
     with together():
         found = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not found.is_dir() or not os.access(found, os.W_OK):
-            raise SystemExit(f"{run} cannot be written: {found} is no folder to write in; choose another --out")
+            raise SystemExit(f"{run} cannot be written: {found} is no folder to write in; choose another "
+                             "--out")
         if rank() == 0 and run.exists() and any(run.iterdir()):
             raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
     state = build_state(settings)

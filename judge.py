@@ -214,7 +214,7 @@ class Judge:
     """A frozen LM as a grader. Raises SystemExit with a reason when the model cannot serve as one."""
 
     def __init__(self, model, tokenizer, prompts: dict | None = None, readout: str | None = None,
-                 reply_tokens: int | None = None, max_rows: int = 256):
+                 reply_tokens: int | None = None, max_rows: int = 256, cache_gb: float | None = None):
         """prompts: a judge trained for a prompt of its own brings it along (prompts.json in its folder);
         readout: one of READOUTS; reply_tokens: bound of the critique (default 96) or free reply (1024)."""
         prompts = prompts if prompts and "user" in prompts else {}  # a policy's prompts.json is not a judge's
@@ -224,7 +224,7 @@ class Judge:
         if getattr(tokenizer, "chat_template", None) is None:
             raise SystemExit("this judge has no chat template, so it cannot be asked: take an instruct model")
         self.model, self.tokenizer = model, tokenizer
-        self.sampler = Sampler(model, max_rows)
+        self.sampler = Sampler(model, max_rows, cache_gb)
         self.reply_tokens = reply_tokens or prompts.get("critique_tokens",
                                                         1024 if self.readout == "generate" else 96)
         self.no_reference = prompts.get("no_reference", NO_REFERENCE)

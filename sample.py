@@ -307,7 +307,7 @@ class Linear:
     """Linear layers that read the same input, side by side: x W^T + b, then "swish", or "add" or "mul" with
     another tensor.
 
-    On an x86 CPU the weights are a copy in oneDNN's own layout, 1.2 (64 rows, bfloat16) to 1.7 times (16 rows)
+    On an x86 CPU the weights are a copy in oneDNN's own layout, 1.2 (64 rows, bfloat16) to 1.7 times (16)
     faster, and what follows the product is done before the result is rounded."""
 
     def __init__(self, *modules):
@@ -1024,9 +1024,10 @@ def evaluate(lm: LM, problems: list[Problem], n: int, ks, *settings, **options) 
 
 
 def traces_of(lm: LM, problems: list[Problem], n: int, max_new_tokens: int, temperature: float, seed: int = 0,
-              max_rows: int = 256, progress=None, cache_gb: float | None = None, places=None) -> list[dict]:
+              max_rows: int = 256, progress=None, cache_gb: float | None = None, places=None,
+              sampler: Sampler | None = None) -> list[dict]:
     """Records of n traces a problem, those of a problem side by side: problem id, text, exact match."""
-    rollouts = Sampler(lm.model, max_rows, cache_gb).sample(
+    rollouts = (sampler or Sampler(lm.model, max_rows, cache_gb)).sample(
         [lm.chat(p.question) for p in problems], n, max_new_tokens, temperature, seed, progress=progress,
         places=places)
     records = []

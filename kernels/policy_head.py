@@ -34,8 +34,8 @@ from torch.autograd.function import once_differentiable
 if __name__ == "__main__":  # as a program: the package around this file must be found
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels.token_logprob import (
-    add_product_, block, checked, chunks, new_dweight, new_vector, on_triton, plain_token_logprob, product_dtype,
-    torch_row_grads_, torch_row_stats, triton)  # fmt: skip
+    add_product_, block, checked, chunks, new_dweight, new_vector, on_triton, plain_token_logprob,
+    product_dtype, torch_row_grads_, torch_row_stats, triton)  # fmt: skip
 
 
 class HeadLoss(NamedTuple):

@@ -432,3 +432,13 @@ def test_without_model_flags_the_embedded_miniature_runs(tmp_path):
     assert len(steps) == 2 and all(0 < m["score"] < 1 and m["unread"] == 0 and m["headings"] > 1 for m in steps)
     grades = {record["grades"][0] for record in exprl.read_jsonl(run / "rollouts.jsonl")}
     assert len(grades) > 10  # a language model's expected grades, not five steps of a script
+
+
+def test_the_cache_leaves_room_for_gradients_and_moments(monkeypatch):
+    net = tiny.model()
+    size = sum(p.numel() for p in net.parameters())
+    assert exprl.cache_room(net, "cpu") is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * size + 2**31, 2**40))
+    assert exprl.cache_room(net, "cuda:0") == pytest.approx(0.6)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, 2**40))
+    assert exprl.cache_room(net, "cuda:0") == 0  # the sampler then names --cache-gb
