@@ -38,7 +38,7 @@ def annotate(judge: Judge, problems: dict, records: list[dict]) -> np.ndarray:
     traces = [judge.quote(r["text"]) for r in records]
     heads = [shared[r["problem"]] for r in records]
     fits = [i for i, (h, t) in enumerate(zip(heads, traces)) if len(h) + len(t) + longest <= limit]
-    read = judge.read([(heads[i], traces[i], rest) for i in fits for *_, rest in asks])
+    read = judge.read([(heads[i], traces[i], rest, []) for i in fits for *_, rest in asks])
     scores = np.full((len(records), len(asks)), np.nan)
     scores[fits] = np.reshape([s for s, _ in read], (-1, len(asks)))
     return scores
@@ -68,7 +68,7 @@ def main() -> None:
     sets = [read_traces(path, problems)[: args.limit] for path in (args.traces, args.against)]
     device = pick_device(args.device)
     lm = load_lm(args.judge, device, pick_dtype(args.dtype, device))
-    judge, by_id = Judge(lm.model, lm.tokenizer), {p.id: p for p in problems}
+    judge, by_id = Judge(lm.model, lm.tokenizer, readout="expected"), {p.id: p for p in problems}
     scores = [annotate(judge, by_id, records) for records in sets]
     if args.out:
         lines = [{"set": name, **record, "behaviours": dict(zip(BEHAVIOURS, np.round(row, 4).tolist()))}
