@@ -957,6 +957,15 @@ def join() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
+def leave() -> None:
+    """The processes end together and at once: a teardown while another still works was seen to abort."""
+    if ranks() > 1:
+        gather(None)
+        for stream in (sys.stdout, sys.__stdout__, sys.__stderr__):
+            stream.flush()
+        os._exit(0)
+
+
 def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -1511,9 +1520,8 @@ def main(argv=None) -> None:
               "python exprl.py --model Qwen2.5-0.5B-Instruct")
     else:
         print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16")
-    if ranks() > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

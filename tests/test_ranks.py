@@ -32,7 +32,9 @@ import json, sys
 sys.path.insert(0, "tests")
 import tiny, exprl
 exprl.join()
-exprl.join = exprl.dist.destroy_process_group = lambda: None  # once for all runs
+exprl.join = lambda: None  # once for all runs
+states, build = [], exprl.build_state  # kept: taking a run's process groups apart was seen to abort
+exprl.build_state = lambda *args: states.append(build(*args)) or states[-1]
 for flags, fault in json.loads(sys.argv[1]):
     whole = exprl.grade_whole
     if fault == "unread":
@@ -48,6 +50,7 @@ for flags, fault in json.loads(sys.argv[1]):
         exprl.grade_whole = grade_whole
     exprl.main(flags)
     exprl.grade_whole = whole
+exprl.leave()
 """
 
 
