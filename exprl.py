@@ -58,7 +58,7 @@ from data import Problem, is_correct
 from judge import READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
-from sample import LM, Rollout, Sampler, covers, load_lm, pick_device, pick_dtype, problems_or_exit
+from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype, problems_or_exit
 from sample import resolve_model, summary, too_long, traces_of, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
@@ -206,7 +206,8 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
         records = trace_records(step, traces, batch)
     records = in_order(places, records)
     judged = state.judge and total(state.judge.tokens - judged)
-    unread = mean([None in r["grades"] for r in records])
+    metrics = trace_metrics(settings, records)
+    unread = metrics["unread"]
     if unread > settings.max_unread:
         raise Stop(f"step {step}: {unread:.0%} of the grades could not be read, more than --max-unread "
                    f"{settings.max_unread:.0%}. The judge's replies stand at the end of rollouts.jsonl; "
@@ -220,7 +221,7 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     sampled = settings.method != "sft"
     return {
         "step": step,
-        **trace_metrics(settings, records),
+        **metrics,
         "unsolved": 1 - mean(list(state.seen.values())) if sampled else None,
         **update_metrics,
         "lr": lr,
@@ -803,7 +804,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
 
 def cache_room(model, device: str) -> float | None:
     """GB of keys and values for the policy and for the judge, each: on a GPU 30% of what is free, less what
-    gradients and moments (and, with several processes, masters) will take. A CPU has the sampler's default."""
+    gradients and moments (and, with several processes, masters) will take. A CPU: the sampler's default."""
     if not device.startswith("cuda"):
         return None
     later = (12 if ranks() == 1 else 16 / ranks()) * sum(p.numel() for p in model.parameters())
@@ -835,8 +836,8 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     tmp = target.with_name(target.name + ".tmp")
     weights, moments, files = {}, {}, {}
     for i, (name, parameter) in enumerate(state.policy.model.named_parameters()):
-        own, part = i % ranks() == rank(), f"-{i % ranks() + 1:05d}-of-{ranks():05d}" if ranks() > 1 else ""
-        files[name] = f"model{part}.safetensors"
+        owner = i % ranks()
+        own, files[name] = owner == rank(), part_name("model", owner)
         for key, value in {"": parameter, **state.optimizer.state[parameter]}.items():
             value = whole(value).detach()  # all take part in gathering it, one keeps it
             if own:
@@ -847,9 +848,8 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                 shutil.rmtree(torn)
             tmp.mkdir(parents=True)
     with together():
-        file = f"model-{rank() + 1:05d}-of-{ranks():05d}.safetensors" if ranks() > 1 else "model.safetensors"
-        save_file(weights, tmp / file, {"format": "pt"})
-        save_file(moments, tmp / file.replace("model", "optimizer"))
+        save_file(weights, tmp / part_name("model", rank()), {"format": "pt"})
+        save_file(moments, tmp / part_name("optimizer", rank()))
         if rank() == 0:
             state.policy.save_config(tmp)
             if ranks() > 1:
@@ -863,6 +863,12 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
             for old in complete_checkpoints(run)[: -settings.keep]:
                 shutil.rmtree(old)
     state.interrupts.settle()
+
+
+def part_name(stem: str, owner: int) -> str:
+    """The file of the tensors that process `owner` writes, as Hugging Face names parts."""
+    part = f"-{owner + 1:05d}-of-{ranks():05d}" if ranks() > 1 else ""
+    return f"{stem}{part}.safetensors"
 
 
 def publish(tmp: Path, target: Path) -> None:
@@ -1180,8 +1186,7 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     metrics = summary(records, settings.eval_n, settings.eval_k, time.perf_counter() - start)
     if rank() == 0:
         (run / "evaluations").mkdir(exist_ok=True)
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", lines)
+        write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", jsonl(records))
     log(state, run / "metrics.jsonl", {"step": state.step, **metrics})
     bar.write(f"step {state.step}: held out, " + ", ".join(
         f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
@@ -1284,7 +1289,7 @@ def append(path: Path, records: list[dict]) -> None:
     if rank():
         return
     with open(path, "a") as file:
-        file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        file.write(jsonl(records))
 
 
 # ------------------------------------------------------------------------------------------------------------

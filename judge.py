@@ -37,7 +37,7 @@ import torch
 from data import Problem, is_correct
 from data.answers import last_box
 from sample import LM, Help, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, traces_of
-from sample import write_atomically
+from sample import jsonl, write_atomically
 
 # What the rubrics say about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -737,8 +737,7 @@ def main() -> None:
         room = room_for(policy, [policy.chat(p.question) for p in problems], args.max_new_tokens)
         records = traces_of(policy, problems, args.n, room, args.temperature, args.seed)
         if args.out:
-            write_atomically(args.out.with_suffix(".traces.jsonl"),
-                             "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+            write_atomically(args.out.with_suffix(".traces.jsonl"), jsonl(records))
     asked = {r["problem"] for r in records}
     problems = [p for p in problems if p.id in asked]
     report = {"judge": Path(lm.name).name, "traces": len(records), "readouts": []}

@@ -1081,6 +1081,10 @@ def too_long(lm: LM, problems: list[Problem], limit: int) -> list[Problem]:
     return [p for p in problems if len(p.question.encode()) > room and len(lm.chat(p.question)) > limit]
 
 
+def jsonl(records: list[dict]) -> str:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
 def write_atomically(path: Path, text: str) -> None:
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "w") as file:
@@ -1187,7 +1191,7 @@ def sample_and_print(args, lm: LM, problems: list[Problem], ks, out: Path | None
         metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature,
                                     args.seed, args.max_rows, bar.update, args.cache_gb)
     if out:
-        write_atomically(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_atomically(out, jsonl(records))
     print(lm.name)
     for k in sorted(set(ks)):
         low, high = metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"]

@@ -14,7 +14,6 @@ import argparse
 import csv
 import datetime
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import transformers  # noqa: E402
 
 from data import load_problems  # noqa: E402
+from experiments.bench_head import cpu_name  # noqa: E402
 from judge import Judge  # noqa: E402
 from sample import FIRST_PAGE, LENGTH, PAGE, TRACE, Network, Rows, Sampler, load_lm  # noqa: E402
 
@@ -314,14 +314,6 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sa
             table.writeheader()
         table.writerows(line | about for line in lines)
     print(f"appended to {out}")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n")
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a CPU without a name
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
