@@ -20,8 +20,9 @@ setup: .venv/.ready
 demo: setup
 	.venv/bin/python exprl.py
 
+# A process per core, one thread each: small models gain nothing from more.
 test: setup
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
 compare-quick: setup
 	.venv/bin/python experiments/miniature.py --quick

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command: tests of the kernels, their benchmarks, the sampler beside
+# transformers, a step beside TRL (where it is installed), the memory of a full-length step, and training runs.
+#
+#   experiments/gpu.sh OUT MODEL TRAIN DEV [PART ...]      # PARTs: tests kernels sampler step memory train
+#   experiments/gpu.sh results-h200 Qwen2.5-0.5B-Instruct gsm8k_train.jsonl gsm8k_dev.jsonl
+#
+# Each part writes its log and its CSV into OUT; one that fails does not keep the others from running, and the
+# script says at the end which did. PYTHON names the interpreter; without it, .venv's. FLAGS go to the training runs.
+set -uo pipefail
+out=$1 model=$2 train=$3 dev=$4
+shift 4
+parts=(${*:-tests kernels sampler step memory train})
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+failed=()
+
+run() { # name command...
+  echo "== $1: ${*:2}"
+  "${@:2}" 2>&1 | tee "$out/$1.log" || failed+=("$1")
+}
+
+"$python" - <<'PY' | tee "$out/machine.txt"
+import datetime, torch, transformers
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", "torch", torch.__version__,
+      "transformers", transformers.__version__, datetime.date.today())
+PY
+for part in "${parts[@]}"; do
+  case $part in
+    tests) run tests "$python" -m pytest -m gpu -q ;;
+    kernels)
+      run token_advantages "$python" kernels/token_advantages.py
+      run head "$python" experiments/bench_head.py --csv "$out/head_bench.csv" ;;
+    sampler) run sampler "$python" experiments/bench_sampler.py --model "$model" --judge "$model" --data "$dev" \
+      --out "$out/sampler_bench.csv" ;;
+    step) run step "$python" experiments/vs_trl.py --model "$model" --data "$train" --out "$out/vs_trl.csv" ;;
+    memory) run memory "$python" exprl.py --dry-run --model "$model" --data "$train" ;;
+    train) run train env PYTHON="$python" experiments/gsm8k.sh "$model" "$train" "$dev" "$out/gsm8k" ${FLAGS:-} ;;
+    *) echo "no part $part: tests kernels sampler step memory train" >&2; exit 2 ;;
+  esac
+done
+echo "done: ${parts[*]}${failed:+; failed: ${failed[*]}}"
+[ -z "${failed:-}" ]
