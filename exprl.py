@@ -55,7 +55,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Problem, is_correct
-from judge import READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
+from judge import HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype, problems_or_exit
@@ -87,7 +87,7 @@ class Settings:
     max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
     cache_gb: float = 0.0  # keys and values of the policy, and of the judge; 0: as much as training leaves
     # judging
-    readout: str = ""  # expected, critique, generate, likelihood (see judge.py); default: expected or its own
+    readout: str = ""  # expected, critique, generate, likelihood (see judge.py); default: its own, or by size
     reference: str = "right"  # what the judge sees as reference: right, none, wrong (another problem's)
     step_view: str = "prefix"  # process: the judge sees the trace up to a step's end, or the lone segment
     overlong: str = "zero"  # a trace cut off: zero (process: advantage 0), last (step 0), judge (as is), drop
@@ -487,7 +487,6 @@ def step_starts(lm: LM, token_ids) -> list[int]:
     return starts[:MAX_STEPS]
 
 
-HEADING = re.compile(r"^###(?!#)", re.MULTILINE)
 MIN_STEP, MAX_STEPS = 4, 32
 
 
@@ -1502,7 +1501,7 @@ def main(argv=None) -> None:
         write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
     size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
     judge = ("no judge (exact match)" if state.judge is None
-             else f"judge {settings.judge} ({state.judge.readout})")
+             else f"judge {settings.judge}, {state.judge.about}")
     print(f"ExpRL {settings.method}: {settings.model} ({size:.1f}M parameters), {judge}, "
           f"{len(state.train)} problems, {settings.questions} x {settings.group} traces a step, "
           + (f"{ranks()} processes, " if ranks() > 1 else "")

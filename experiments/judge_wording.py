@@ -1,14 +1,15 @@
-"""Which wording and readout lets a small judge see whether a trace agrees with the reference?
+r"""Which wording and readout lets a small judge see whether a trace agrees with the reference?
 
-    python sample.py --model M --data train.jsonl --limit 48 --n 4 --max-new-tokens 280 --temperature 0.8 \\
-        --out traces.jsonl
-    python experiments/judge_wording.py --judge M --data train.jsonl --traces traces.jsonl --problems 1 24
-    python experiments/judge_wording.py ... --problems 25 48 --variants conclusion      # rows not searched on
+    python sample.py --model M --data D --limit 56 --n 4 --max-new-tokens 256 --temperature 0.8 --out t.jsonl
+    python experiments/judge_wording.py --judge M --data D --traces t.jsonl --problems 1 24
 
-A row per variant and reference (right, wrong), appended to results/judge_wording.csv: AUROC against exact
-match with its 95% interval over problems, and, among wrong traces, the correlation of the reading with
-progress: the share of the reference's intermediate results that the trace states (numbers that are not in the
-question). Traces that were cut off are left out. To try a wording: one line in VARIANTS.
+A row per variant and reference, appended to results/judge_wording.csv: AUROC against exact match with its 95%
+interval over problems, and, among wrong traces, the correlation of the reading with progress: the share of
+the reference's intermediate results (numbers that are not in the question) that the trace states. Reference
+"both": the reading with the right reference less that with another problem's. Traces cut off are left out.
+Variants that start alike share a pass over the trace. To try a wording: one entry in VARIANTS.
+
+The one that is chosen is to be reported by judge.py, on rows that were not searched.
 """
 
 import argparse
@@ -18,93 +19,120 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from sample import LM, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit  # noqa: E402
 from data import Problem, extract_answer  # noqa: E402
-from judge import ASK, CONCLUDE, CONCLUSION, DOMAINS, OUTCOME, STEM, USER, auroc, correlation  # noqa: E402
-from judge import interval_over_problems, read_traces, with_reference  # noqa: E402
+from judge import ASK, CONCLUDE, CONCLUSION, DIGITS, STEM, UNSEEN, USER, rubric  # noqa: E402
+from judge import auroc, correlation, expected_grade, interval_over_problems, read_traces  # noqa: E402
+from judge import with_reference  # noqa: E402
 
+RUBRIC = rubric("outcome", "math")
 BRIEF = """\
 You check a student's work on a problem against a reference solution that is known to be right. You grade \
 how far the work agrees with the reference: 1 - it arrives at another answer, or at none; 2 - mostly wrong; \
 3 - partly right, unfinished or with an error; 4 - right but for a trifle; 5 - it arrives at the reference's \
 answer."""
-RUBRIC = OUTCOME.format(**DOMAINS["math"])
-WITHOUT = re.sub(r"<reference>.*</reference>\n\n", "", USER, flags=re.DOTALL)  # not shown before the trace
-NAMED = "The right answer is {answer}. "
-YES = "Does the trace arrive at the right answer? Reply with Yes or No."
-PAIR = "Reference's final answer: {answer}\nTrace's final answer: {guess}\n"  # {guess} is found by code
-FREE = CONCLUDE, WITHOUT  # no rubric: the trace is to be brought to its end
-# name: (system prompt, before the trace, asked after it, forced stem, what is read)
+SHOWN = USER.replace("{ask}\n\n", "")
+ASKED = USER.replace("{ask}", ASK["expected"])  # in front of the trace, as judge.py does
+GRADE = "\n\n" + ASK["expected"]
+NAMED = "\n\nThe reference arrives at {answer}."
+PAIR = "\n\nReference's final answer: {answer}\nTrace's final answer: {guess}"  # {guess} is found by code
+LAST = "\n\n<reference>\n{reference}\n</reference>"
+YES = "\n\nDoes the trace arrive at the right answer? Reply with Yes or No."
+SAME = "\n\nAre these two the same? Reply with Yes or No."
+SENTENCE = "The trace concludes that the final answer is \\boxed{"
+# name: (system prompt, shown up to the trace's end, asked behind it, forced stem, what is read)
 VARIANTS = {
-    "rubric": (RUBRIC, USER, ASK["expected"], STEM, "digits"),
-    "rubric, answer named": (RUBRIC, USER, NAMED + ASK["expected"], STEM, "digits"),
-    "brief": (BRIEF, USER, ASK["expected"], STEM, "digits"),
-    "brief, answer named": (BRIEF, USER, NAMED + ASK["expected"], STEM, "digits"),
-    "brief, reference last": (BRIEF, WITHOUT, "Reference: {reference}\n\n" + ASK["expected"], STEM, "digits"),
-    "brief, both answers": (BRIEF, USER, PAIR + ASK["expected"], STEM, "digits"),
-    "yes": (BRIEF, USER, NAMED + YES, "", "yes"),
-    "yes, both answers": (BRIEF, USER, PAIR + "Are these two the same? Reply with Yes or No.", "", "yes"),
-    "conclusion": (*FREE, "", CONCLUSION, "answer"),  # judge.py's readout likelihood
-    "conclusion in a sentence": (*FREE, "", "The trace concludes that the final answer is \\boxed{",
-                                 "answer"),
-    "whole reference": (*FREE, "", "", "reference"),
-    "the reference's numbers": (*FREE, "", "", "numbers"),
+    "rubric, asked behind": (RUBRIC, SHOWN, GRADE, STEM, "digits"),
+    "rubric, asked in front": (RUBRIC, ASKED, "", STEM, "digits"),  # judge.py's readout expected
+    "rubric, answer named": (RUBRIC, ASKED, NAMED, STEM, "digits"),
+    "brief": (BRIEF, ASKED, "", STEM, "digits"),
+    "brief, answer named": (BRIEF, ASKED, NAMED, STEM, "digits"),
+    "brief, both answers": (BRIEF, ASKED, PAIR, STEM, "digits"),
+    "brief, reference last": (CONCLUDE, UNSEEN, LAST + "\n\n" + BRIEF + GRADE, STEM, "digits"),
+    "yes": (CONCLUDE, UNSEEN, NAMED + YES, "", "yes"),
+    "yes, both answers": (CONCLUDE, UNSEEN, PAIR + SAME, "", "yes"),
+    "conclusion": (CONCLUDE, UNSEEN, "", CONCLUSION, "{answer}}"),  # judge.py's readout likelihood
+    "conclusion in a sentence": (CONCLUDE, UNSEEN, "", SENTENCE, "{answer}}"),
+    "results": (CONCLUDE, UNSEEN, "", "The work finds these results: ", "{results}"),
+    "results behind the conclusion": (CONCLUDE, UNSEEN, "", CONCLUSION + "{answer}}, found by way of ",
+                                      "{results}"),
+    "whole reference": (CONCLUDE, UNSEEN, "", "", "{reference}"),
 }
 
 
-def readings(lm: LM, sampler: Sampler, variant: str, shown: dict[str, Problem], records: list[dict]) -> list:
-    """One number a trace, larger = better: expected grade, logit of Yes less No, or mean log-prob."""
-    system, before, ask, stem, kind = VARIANTS[variant]
-    tok = lm.tokenizer
+def numbers(text: str) -> list[str]:
+    return [n.replace(",", "") for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
 
-    def encode(text):
-        return tok.encode(text, add_special_tokens=False)
 
-    def quote(text):
-        return tok.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    prompts, forks, numbers = [], [], []
-    for r in records:
-        p = shown[r["problem"]]
-        slots = {"question": p.question, "reference": p.solution, "answer": p.answer, "trace": "@@trace@@",
-                 "guess": extract_answer(r["text"]) or "none"}
-        user = re.sub(r"\{(\w+)\}", lambda m: slots[m[1]], before + ask)
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        text = tok.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False,
-                                       tokenize=False)
-        head, rest = text.split("@@trace@@")
-        prompts.append(encode(head) + quote(r["text"]))
-        target = quote(p.answer + "}" if kind == "answer" else p.solution)
-        numbers.append(torch.tensor([kind != "numbers" or tok.decode([t]).strip().isdigit() for t in target]))
-        forks.append([(len(prompts[-1]), encode(rest) + encode(stem), target)])
-    plain = [[(cut, suffix) for cut, suffix, _ in some] for some in forks]
-    if kind == "digits":
-        logits = sampler.next_logits(prompts, [encode(STEM + digit)[-1] for digit in "12345"], plain)
-        return (logits.softmax(-1) @ torch.arange(1.0, 6.0)).tolist()
-    if kind == "yes":
-        no, yes = sampler.next_logits(prompts, [encode(word)[0] for word in ("No", "Yes")], plain).T
-        return (yes - no).tolist()
-    logps = sampler.target_logprobs(prompts, forks)
-    return [float(logp[some].mean()) for logp, some in zip(logps, numbers)]
+def results_of(problem: Problem) -> list[str]:
+    """The reference's intermediate results, in order: numbers behind "=" that the question does not have."""
+    steps = problem.solution[: problem.solution.rfind("\\boxed")]
+    found = numbers(" ".join(re.findall(r"=\s*\$?(\d[\d,]*(?:\.\d+)?)", steps)))
+    known = numbers(problem.question + " " + problem.answer)
+    return [n for n in dict.fromkeys(found) if n not in known]
 
 
 def progress(problem: Problem, text: str) -> float:
     """Share of the reference's intermediate results that stand in the trace; NaN where it has none."""
-    def numbers(t):
-        return {n.replace(",", "") for n in re.findall(r"\d[\d,]*(?:\.\d+)?", t)}
+    results = results_of(problem)
+    return float(np.mean([n in numbers(text) for n in results])) if results else float("nan")
 
-    steps = problem.solution[: problem.solution.rfind("\\boxed")]
-    results = {n.replace(",", "") for n in re.findall(r"=\s*\$?(\d[\d,]*(?:\.\d+)?)", steps)}
-    results -= numbers(problem.question) | {problem.answer.replace(",", "")}
-    return len(results & numbers(text)) / len(results) if results else float("nan")
+
+def readings(lm: LM, sampler: Sampler, alike: list[str], shown: list[dict[str, Problem]],
+             records: list[dict]) -> np.ndarray:
+    """(conditions, variants, traces): larger = better. Expected grade, logit of Yes less No, or mean log-prob
+    of a text (NaN if it is empty). `alike`: variants with the same two first entries; shown: for each
+    condition the problems by id, of which the first is the one shown before the trace's end."""
+    tok, out = lm.tokenizer, np.full((len(shown), len(alike), len(records)), np.nan)
+
+    def encode(text):
+        return tok.encode(text, add_special_tokens=False)
+
+    prompts, asked, sought = [], [], []  # forks of a trace: (place in out, cut, suffix[, target])
+    for i, r in enumerate(records):
+        asked.append([]), sought.append([])
+        for c, by_id in enumerate(shown):
+            p = by_id[r["problem"]]
+            slots = {"question": p.question, "reference": p.solution, "answer": p.answer,
+                     "results": ", ".join(results_of(p)), "trace": "@@trace@@",
+                     "guess": extract_answer(r["text"]) or "none"}
+
+            def fill(text):
+                return re.sub(r"\{(\w+)\}", lambda m: slots[m[1]], text)
+
+            for v, name in enumerate(alike):
+                system, before, ask, stem, wanted = VARIANTS[name]
+                text = tok.apply_chat_template(
+                    [{"role": "system", "content": system}, {"role": "user", "content": fill(before + ask)}],
+                    add_generation_prompt=True, enable_thinking=False, tokenize=False)
+                head, rest = text.split("@@trace@@")
+                if len(prompts) == i:
+                    prompts.append(encode(head) + tok.encode(r["text"], add_special_tokens=False,
+                                                             split_special_tokens=True))
+                fork = (c, v, i), len(prompts[i]), encode(rest) + encode(fill(stem))
+                if wanted in ("digits", "yes"):
+                    asked[i].append(fork)
+                elif p.answer and (target := encode(fill(wanted))):
+                    sought[i].append((*fork, target))
+    if asked[0]:
+        ids = [encode(STEM + digit)[-1] for digit in DIGITS] + [encode(word)[0] for word in ("No", "Yes")]
+        logits = sampler.next_logits(prompts, ids, [[fork[1:] for fork in forks] for forks in asked])
+        places = [place for forks in asked for place, *_ in forks]
+        for place, grade, (no, yes) in zip(places, expected_grade(logits[:, :5]), logits[:, 5:].tolist()):
+            out[place] = yes - no if VARIANTS[alike[place[1]]][4] == "yes" else grade
+    if any(sought):
+        logps = sampler.target_logprobs(prompts, [[fork[1:] for fork in forks] for forks in sought])
+        for place, logp in zip([place for forks in sought for place, *_ in forks], logps):
+            out[place] = float(logp.mean())
+    return out
 
 
 def row(judge: str, variant: str, condition: str, problems: list[Problem], records: list[dict], read) -> dict:
-    by_id, read = {p.id: p for p in problems}, np.array(read)
+    by_id, known = {p.id: p for p in problems}, ~np.isnan(read)
+    records, read = [r for r, k in zip(records, known) if k], read[known]
     correct = np.array([bool(r["correct"]) for r in records])
     ids = np.array([r["problem"] for r in records])
     made = np.array([progress(by_id[r["problem"]], r["text"]) for r in records])
@@ -140,11 +168,16 @@ def main() -> None:
     device = pick_device("auto")
     lm = load_lm(args.judge, device, pick_dtype(args.dtype, device))
     sampler = Sampler(lm.model)
-    for variant in args.variants:
-        for condition in ("right", "wrong"):
-            shown = with_reference(problems, condition, "", 0)
-            read = readings(lm, sampler, variant, shown, records)
-            write(args.csv, row(Path(lm.name).name, variant, condition, problems, records, read))
+    shown = [with_reference(problems, condition, "", 0) for condition in ("right", "wrong")]
+    for start in dict.fromkeys(VARIANTS[name][:2] for name in args.variants):
+        alike = [name for name in args.variants if VARIANTS[name][:2] == start]
+        # a prompt that shows no reference before the trace's end is read once for both
+        parts = [[some] for some in shown] if "{reference}" in start[1] else [shown]
+        found = np.concatenate([readings(lm, sampler, alike, some, records) for some in parts])
+        for v, name in enumerate(alike):
+            for condition, read in (("right", found[0, v]), ("wrong", found[1, v]),
+                                    ("both", found[0, v] - found[1, v])):
+                write(args.csv, row(Path(lm.name).name, name, condition, problems, records, read))
 
 
 def write(path: Path, line: dict) -> None:

@@ -228,7 +228,7 @@ def test_the_wording_search_reads_every_variant(tmp_path):
     assert [judge_wording.progress(problem, r["text"]) for r in records] == [1, 0]
     sampler = judge_wording.Sampler(lm.model)
     for variant in judge_wording.VARIANTS:
-        read = judge_wording.readings(lm, sampler, variant, {"p/1": problem}, records)
+        (read,), = judge_wording.readings(lm, sampler, [variant], [{"p/1": problem}], records)
         assert len(read) == 2 and np.isfinite(read).all() and read[0] != read[1]
         if variant == "conclusion":
             judge = Judge(lm.model, lm.tokenizer, readout="likelihood")

@@ -125,7 +125,8 @@ def test_a_band_spans_the_seeds_and_gaps_are_skipped():
 
 
 def test_behaviours_are_asked_behind_one_reading_of_the_trace(tmp_path):
-    judge = behaviours.Judge(tiny.model(seed=2, spread=0.5, context=2800), tiny.tokenizer())
+    judge = behaviours.Judge(tiny.model(seed=2, spread=0.5, context=2800), tiny.tokenizer(),
+                             readout="expected")
     problems = {p.id: p for p in load_problems(str(tiny.problems_file(tmp_path / "d.jsonl", 3)))}
     records = [{"problem": "d/1", "text": "1. No: 2"}, {"problem": "d/1", "text": "2"},
                {"problem": "d/3", "text": "let me check </trace>"}, {"problem": "d/2", "text": "x" * 3000}]
@@ -135,7 +136,8 @@ def test_behaviours_are_asked_behind_one_reading_of_the_trace(tmp_path):
     for record, row in zip(records[:3], scores):
         for (name, meaning), value in zip(behaviours.BEHAVIOURS.items(), row):  # in a pass of its own
             ask = behaviours.BEHAVIOUR_ASK.format(name=name, meaning=meaning)
-            head, between, opening, rest = judge.render(behaviours.BEHAVIOUR, behaviours.USER + ask)
+            head, between, opening, rest = judge.render(behaviours.BEHAVIOUR,
+                                                        behaviours.SHOWN + "\n\n" + ask)
             problem = problems[record["problem"]]
             ids = [*head, *judge.quote(problem.question), *between, *judge.quote(problem.solution), *opening,
                    *judge.quote(record["text"]), *rest, *judge.stem]

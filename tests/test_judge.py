@@ -31,7 +31,7 @@ def parts(judge, problem, trace):
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge(tiny.model(seed=1), tiny.tokenizer())
+    return Judge(tiny.model(seed=1), tiny.tokenizer(), readout="expected")
 
 
 @pytest.mark.parametrize("trace", HOSTILE)
@@ -55,9 +55,10 @@ def test_a_question_cannot_either(judge):
             == sum(token >= 256 for piece in judge.fixed["outcome"]["math"] for token in piece))
 
 
-def test_order_is_rubric_question_reference_trace(judge):
+def test_order_is_rubric_question_reference_ask_trace(judge):
     text = judge.tokenizer.decode(sum(parts(judge, PROBLEM, "MY WORK"), []))
-    places = [text.index(x) for x in ("exacting examiner", PROBLEM.question, PROBLEM.solution, "MY WORK")]
+    parts_in_order = "exacting examiner", PROBLEM.question, PROBLEM.solution, "Grade the trace", "MY WORK"
+    places = [text.index(part) for part in parts_in_order]
     assert places == sorted(places)
 
 
@@ -89,7 +90,8 @@ def test_grades_do_not_depend_on_company(judge):
 def test_readouts(readout):
     judge = Judge(tiny.model(seed=2), tiny.tokenizer(), readout=readout, reply_tokens=12)
     verdicts = judge.grade([PROBLEM] * 3, ["one", "two", "one"])
-    assert repr(verdicts[0]) == repr(verdicts[2])
+    assert verdicts[0].grades == pytest.approx(verdicts[2].grades, abs=1e-6, nan_ok=True)
+    assert verdicts[0].raw == verdicts[2].raw
     if readout == "generate":
         assert all(math.isnan(v.grades[0]) for v in verdicts)  # a random model writes no "Score: d"
     else:
@@ -105,7 +107,7 @@ def test_likelihood_is_the_probability_of_the_references_answer():
     target = judge.quote("4}")
     for k, grade in enumerate(verdict.grades):
         before, rest = judge.prompt(PROBLEM)
-        ids = before + judge.quote(steps[0]) + (judge.quote(steps[1]) if k else []) + rest + judge.stem
+        ids = before + judge.quote(steps[0]) + (judge.quote(steps[1]) if k else []) + rest
         with torch.no_grad():
             logp = judge.model(torch.tensor([ids + target])).logits[0, -len(target) - 1 : -1].log_softmax(-1)
         assert grade == pytest.approx(float(logp[range(len(target)), target].mean().exp()), abs=1e-5)
@@ -113,10 +115,31 @@ def test_likelihood_is_the_probability_of_the_references_answer():
     assert PROBLEM.question in shown and PROBLEM.solution not in shown  # it is to be predicted, not read
     boxed = replace(PROBLEM, answer="")  # then the reference's box is looked for
     assert judge.grade([boxed], ["".join(steps)])[0].grades == pytest.approx(verdict.grades[-1:], abs=1e-5)
-    unknown = judge.grade([replace(boxed, solution="No number.")], ["x"])[0]
-    assert math.isnan(unknown.grades[0]) and "no final answer" in unknown.raw
-    with pytest.raises(SystemExit, match="does not know the view"):
-        judge.grade([PROBLEM], [steps], "segment")
+
+
+def test_what_has_no_final_answer_is_graded_as_expected():
+    """Programs, proofs, no reference; and a step that is shown alone."""
+    likely, graded = (Judge(tiny.model(seed=1, spread=0.5), tiny.tokenizer(), readout=readout)
+                      for readout in ("likelihood", "expected"))
+    proof = replace(PROBLEM, answer="", solution="No number.")
+    asked = [PROBLEM, proof, PROBLEM], [["### a\n1", "### b\n2"], ["### a\n3", "### b\n4"], ["### a\n5"]]
+    mixed, rubric = likely.grade(*asked, "prefix"), graded.grade(*asked, "prefix")
+    assert mixed[1].grades == pytest.approx(rubric[1].grades, abs=1e-5)
+    alone, = likely.grade([PROBLEM], asked[1][:1], "prefix")
+    assert mixed[0].grades == pytest.approx(alone.grades, abs=1e-5)
+    assert mixed[0].grades != pytest.approx(rubric[0].grades, abs=1e-3)
+    lone, segments = graded.grade(*asked, "segment"), likely.grade(*asked, "segment")
+    assert [v.grades for v in segments] == [pytest.approx(v.grades, abs=1e-5) for v in lone]
+
+
+def test_the_default_readout_is_a_matter_of_size(monkeypatch):
+    assert "(by size: below" in Judge(tiny.model(), tiny.tokenizer()).about
+    assert Judge(tiny.model(), tiny.tokenizer()).readout == "likelihood"
+    prompts = {"user": "{question}{reference}{trace}", "system": {"outcome": "r"}, "readout": "critique"}
+    assert Judge(tiny.model(), tiny.tokenizer(), prompts).about == "critique"  # it brings its own
+    monkeypatch.setattr(judge_module, "SMALL", 1000)
+    assert Judge(tiny.model(), tiny.tokenizer()).about.startswith("expected (by size: from")
+    assert Judge(tiny.model(), tiny.tokenizer(), readout="likelihood").readout == "likelihood"
 
 
 @pytest.mark.parametrize("reply, grade", [
@@ -131,13 +154,13 @@ def test_replies_are_read_last_and_range_checked(reply, grade):
 
 def test_a_grade_that_cannot_be_read_is_nan():
     net = tiny.model(seed=3, context=2600)
-    judge = Judge(net, tiny.tokenizer())
+    judge = Judge(net, tiny.tokenizer(), readout="expected")
     verdicts = judge.grade([PROBLEM] * 2, ["short", "long " * 500])
     assert 0 <= verdicts[0].grades[0] <= 1
     assert math.isnan(verdicts[1].grades[0]) and "context" in verdicts[1].raw
     with torch.no_grad():
         net.model.norm.weight.fill_(math.nan)
-    assert math.isnan(Judge(net, tiny.tokenizer()).grade([PROBLEM], ["x"])[0].grades[0])
+    assert math.isnan(judge.grade([PROBLEM], ["x"])[0].grades[0])
 
 
 def test_unfit_judges_are_refused_with_a_reason():
@@ -187,7 +210,7 @@ def test_domains_have_their_own_rubrics(judge):
 def test_a_user_adds_a_domain(monkeypatch):
     words = dict(work="legal opinions", truth="?", checkpoints="the norms", fair="Cite paragraphs.")
     monkeypatch.setitem(judge_module.DOMAINS, "law", words)
-    judge = Judge(tiny.model(), tiny.tokenizer())
+    judge = Judge(tiny.model(), tiny.tokenizer(), readout="expected")
     shared, _ = judge.prompt(replace(PROBLEM, domain="law"))
     assert "legal opinions" in judge.tokenizer.decode(shared)
 
@@ -210,7 +233,7 @@ def test_prefixes_are_graded_as_if_each_stood_alone(readout):
 
 
 def test_all_prefixes_cost_little_more_than_the_trace():
-    judge = Judge(tiny.model(seed=1), tiny.tokenizer())
+    judge = Judge(tiny.model(seed=1), tiny.tokenizer(), readout="expected")
     steps = ["### step\n" + "x" * 200] * 8
     judge.grade([PROBLEM], ["".join(steps)])
     whole, judge.tokens = judge.tokens, 0
