@@ -130,7 +130,7 @@ def readings(lm: LM, sampler: Sampler, alike: list[str], shown: list[dict[str, P
     return out
 
 
-def row(judge: str, variant: str, condition: str, problems: list[Problem], records: list[dict], read) -> dict:
+def row(problems: list[Problem], records: list[dict], read: np.ndarray) -> dict:
     by_id, known = {p.id: p for p in problems}, ~np.isnan(read)
     records, read = [r for r, k in zip(records, known) if k], read[known]
     correct = np.array([bool(r["correct"]) for r in records])
@@ -138,9 +138,8 @@ def row(judge: str, variant: str, condition: str, problems: list[Problem], recor
     made = np.array([progress(by_id[r["problem"]], r["text"]) for r in records])
     wrong = ~correct & ~np.isnan(made)
     low, high = interval_over_problems(ids, lambda rows: auroc(read[rows], correct[rows]), 0)
-    return {"judge": judge, "variant": variant, "reference": condition, "problems": len(set(ids)),
-            "traces": len(records), "right": int(correct.sum()), "auroc": f"{auroc(read, correct):.3f}",
-            "low": f"{low:.3f}", "high": f"{high:.3f}",
+    return {"problems": len(set(ids)), "traces": len(records), "right": int(correct.sum()),
+            "auroc": f"{auroc(read, correct):.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
             "progress_corr": f"{correlation(made[wrong], read[wrong]):.2f}"}
 
 
@@ -177,7 +176,9 @@ def main() -> None:
         for v, name in enumerate(alike):
             for condition, read in (("right", found[0, v]), ("wrong", found[1, v]),
                                     ("both", found[0, v] - found[1, v])):
-                write(args.csv, row(Path(lm.name).name, name, condition, problems, records, read))
+                rows = f"{Path(args.data[0]).stem} {args.problems[0]}-{args.problems[1]}"
+                write(args.csv, {"judge": Path(lm.name).name, "rows": rows, "variant": name,
+                                 "reference": condition} | row(problems, records, read))
 
 
 def write(path: Path, line: dict) -> None:
