@@ -290,14 +290,15 @@ class Judge:
         steps = [[trace] for trace in traces] if view == "outcome" else traces
         grades = [[math.nan] * len(some) for some in steps]
         raw = [[f"longer than the judge's context of {limit} tokens"] * len(some) for some in steps]
-        known: dict[Problem, tuple] = {}
+        known: dict[tuple, tuple] = {}
         passes: list[tuple] = []  # what `read` reads
         for i, (problem, some) in enumerate(zip(problems, steps)):
-            if problem not in known:
+            key = problem.question, problem.solution, problem.answer, problem.domain
+            if key not in known:
                 target, (before, behind) = self.target(problem, view), self.prompt(problem, view)
-                known[problem] = before, behind + ([] if target or self.replies else self.stem), target
+                known[key] = before, behind + ([] if target or self.replies else self.stem), target
                 self.tokens += len(before)
-            before, behind, target = known[problem]
+            before, behind, target = known[key]
             shown: list[int] = []
             for k, step in enumerate(some):
                 own = self.quote(step)  # step by step: a longer prefix starts with the ids of a shorter one
