@@ -25,6 +25,7 @@ Left out: several GPUs, speculation, pages kept between calls. It knows nothing 
 import argparse
 import heapq
 import json
+import math
 import os
 import platform
 import sys
@@ -33,7 +34,6 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +44,7 @@ from tqdm import tqdm
 # transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours meanwhile.
 _ours = sys.modules.pop("kernels", None)
 sys.modules["kernels"] = None
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 del sys.modules["kernels"]
@@ -95,11 +94,11 @@ class LM:
 
     def chat(self, question: str) -> list[int]:
         """The prompt of a problem, as token ids: system prompt, question, and the start of the answer."""
-        messages = [
-            {"role": "system", "content": self.prompts.get("system", SYSTEM_PROMPT)},
-            {"role": "user", "content": question},
-        ]
-        return chat_ids(self.tokenizer, messages)
+        messages = [{"role": "system", "content": self.prompts.get("system", SYSTEM_PROMPT)},
+                    {"role": "user", "content": question}]
+        # enable_thinking is read by Qwen3's template and ignored by the others
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                       enable_thinking=False, return_dict=False))
 
     def text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -118,30 +117,18 @@ class LM:
             (Path(folder) / "prompts.json").write_text(json.dumps(self.prompts, indent=1) + "\n")
 
 
-def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
-    # enable_thinking is read by Qwen3's template and ignored by the others.
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False,
-                                        return_dict=False)
-    return list(ids)
-
-
 def resolve_model(name: str) -> str:
     """A folder, a hub id (owner/name), or a well-known family's bare name -> what from_pretrained takes."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise SystemExit(f"{folder} is a folder without config.json: name a Hugging Face model folder")
+    if (folder / "config.json").exists():
         return str(folder)
-    if "/" in name:
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise SystemExit(f"no folder {name}: check the path, or give a hub id like "
-                             "Qwen/Qwen2.5-1.5B-Instruct")
+    if name.count("/") == 1 and not folder.is_dir() and not name.startswith((".", "/", "~")):
         return name
     for prefix, owner in FAMILIES.items():
-        if name.lower().startswith(prefix):
+        if name.lower().startswith(prefix) and "/" not in name:
             return f"{owner}/{name}"
-    raise SystemExit(f"cannot resolve the model name {name!r}: give a folder, a hub id (owner/name), or a "
-                     "bare name of the Qwen, SmolLM or Llama families such as Qwen2.5-1.5B")
+    raise SystemExit(f"no model {name!r}: give a folder with a config.json, a hub id (owner/name), or a bare "
+                     "name of the Qwen, SmolLM or Llama families such as Qwen2.5-1.5B")
 
 
 def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LM:
@@ -150,13 +137,10 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     if path != name:
         print(f"model {name} -> {path}", file=sys.stderr)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # tokenizer.json as it stands: AutoTokenizer rebuilds every Qwen2 tokenizer with Qwen's own word split
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="sdpa",
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=False, attn_implementation="sdpa")
     except (OSError, ValueError) as error:  # raised for a missing, offline or gated repository
         raise SystemExit(
             f"cannot load {path}: {str(error).strip().splitlines()[0]}\n"
@@ -184,34 +168,41 @@ def covers(config) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pages: who holds which (host only, no tensors)
+# Pages: who holds which
 
 
 @dataclass(eq=False, slots=True)
 class Page:
-    """PAGE consecutive tokens of one sequence, in every layer. Rows and waiting prompts hold it together."""
+    """PAGE consecutive tokens of one sequence, in every layer. Traces and waiting prompts hold it."""
 
     index: int  # where it lies in the pool; compact() may move it
-    serial: int
     users: int = 1
     key: tuple | None = None  # what it is known by, if others may share it
 
 
-class PageTable:
-    """Free and taken pages. A full page is known by (serial of the page before it, its tokens), so that a
-    prompt finds the pages of any live prompt that starts alike. Freed with its last user."""
+class Cache:
+    """Free and taken pages of pool (layers, key or value, pages, kv heads, PAGE, head size).
 
-    def __init__(self, count: int):
-        self.pages: list[Page | None] = [None] * count
-        self.free = list(range(count))  # a heap: the lowest first, so that pages in use lie densely
+    A full page is known by (the page before it, its tokens), so that a prompt finds the pages of any live
+    prompt that starts alike. A page is free again when its last user drops it."""
+
+    def __init__(self, pool: torch.Tensor):
+        self.pool = pool
+        self.clear()
+
+    def clear(self) -> None:
+        self.pages: list[Page | None] = [None] * self.pool.shape[2]
+        self.free = list(range(len(self.pages)))  # a heap: the lowest first, so that pages in use lie densely
         self.known: dict[tuple, Page] = {}
-        self.serials = 0
 
-    def take(self) -> Page:
-        self.serials += 1
-        page = Page(heapq.heappop(self.free), self.serials)
-        self.pages[page.index] = page
-        return page
+    def take(self, count: int) -> list[Page]:
+        pages = [Page(heapq.heappop(self.free)) for _ in range(count)]
+        for page in pages:
+            self.pages[page.index] = page
+        if pages and not self.pool.is_cuda:
+            # The PyTorch attention reads whole pages: nothing of a former row, NaN or infinite, may be there.
+            self.pool[:, :, [page.index for page in pages]] = 0
+        return pages
 
     def share(self, pages: list[Page]) -> list[Page]:
         for page in pages:
@@ -227,67 +218,50 @@ class PageTable:
                 if page.key:
                     del self.known[page.key]
 
-    def match(self, ids) -> list[Page]:
-        """The known pages that hold the first tokens of `ids`, shared with the caller."""
-        pages, before = [], 0
-        for start in range(0, len(ids) - PAGE + 1, PAGE):
-            page = self.known.get((before, tuple(ids[start : start + PAGE])))
-            if page is None:
+    def place(self, ids: list[int], reuse: int, spare: int = 0) -> tuple[list[Page], int] | None:
+        """Pages for `ids`, and how many of its first tokens, at most `reuse`, lie in them already: full pages
+        known from others. None, and nothing is taken, if fewer than `spare` pages would stay free."""
+        full = [tuple(ids[i : i + PAGE]) for i in range(0, len(ids) - PAGE + 1, PAGE)]
+        found, before = [], None
+        for tokens in full[: reuse // PAGE]:
+            if (before, tokens) not in self.known:
                 break
-            pages.append(page)
-            before = page.serial
-        return self.share(pages)
-
-    def publish(self, pages: list[Page], ids) -> None:
-        """Make the full pages of `ids` known."""
-        before = 0
-        for i in range(len(ids) // PAGE):
-            key = (before, tuple(ids[i * PAGE : (i + 1) * PAGE]))
-            if key not in self.known and pages[i].key is None:
-                self.known[key], pages[i].key = pages[i], key
-            before = pages[i].serial
-
-    def compact(self) -> tuple[list[int], list[int]]:
-        """Move the last pages into holes: (from, to), for the caller to move the tensors too."""
-        used = len(self.pages) - len(self.free)
-        moving = [page for page in self.pages[used:] if page is not None]
-        sources, targets = [page.index for page in moving], sorted(i for i in self.free if i < used)
-        for page, index in zip(moving, targets, strict=True):
-            self.pages[page.index], self.pages[index], page.index = None, page, index
-        self.free = list(range(used, len(self.pages)))
-        return sources, targets
-
-    def top(self) -> int:
-        """One more than the highest index in use."""
-        return max((page.index + 1 for page in self.pages if page is not None), default=0)
-
-
-class Cache:
-    """The tensors behind a PageTable: pool (layers, key or value, pages, kv heads, PAGE, head size)."""
-
-    def __init__(self, model, pages: int):
-        config, device = model.config, model.device
-        shape = (config.num_hidden_layers, 2, pages, config.num_key_value_heads, PAGE, head_size(config))
-        if device.type == "cpu":  # numpy's zeros take memory only when a page is first written
-            raw = np.zeros(int(np.prod(shape)) * model.dtype.itemsize, np.uint8)
-            self.pool = torch.from_numpy(raw).view(model.dtype).view(shape)
-        else:
-            self.pool = torch.zeros(shape, dtype=model.dtype, device=device)
-        self.table, self.clean = PageTable(pages), 0
-
-    def take(self, count: int) -> list[Page]:
-        pages = [self.table.take() for _ in range(count)]
-        if self.pool.device.type == "cpu":
-            # The PyTorch attention reads whole pages: nothing of a former row, NaN or infinite, may be there.
-            used = [page.index for page in pages if page.index < self.clean]
-            if used:
-                self.pool[:, :, used] = 0
-            self.clean = max([self.clean, *(page.index + 1 for page in pages)])
-        return pages
+            before = self.known[before, tokens]
+            found.append(before)
+        missing = pages_of(len(ids)) - len(found)
+        if missing + spare > len(self.free):
+            return None
+        pages = self.share(found) + self.take(missing)
+        for page, tokens in zip(pages[len(found) :], full[len(found) :]):
+            if (before, tokens) in self.known:
+                break  # by another's page, beyond `reuse`: what follows would not be found behind ours
+            page.key = before, tokens
+            self.known[page.key] = before = page
+        return pages, len(found) * PAGE
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         if sources:
             self.pool[:, :, targets] = self.pool[:, :, sources]
+
+    def compact(self) -> None:
+        """Move the last pages into holes."""
+        used = len(self.pages) - len(self.free)
+        moving = [page for page in self.pages[used:] if page]
+        holes = sorted(index for index in self.free if index < used)
+        self.copy([page.index for page in moving], holes)
+        for page, hole in zip(moving, holes, strict=True):
+            self.pages[page.index], self.pages[hole], page.index = None, page, hole
+        self.free = list(range(used, len(self.pages)))
+
+    def holes(self) -> int:
+        """Free pages before the last one in use: what attention over the front of the pool reads in vain."""
+        top = max((page.index + 1 for page in self.pages if page), default=0)
+        return top + len(self.free) - len(self.pages)
+
+
+def pages_of(tokens: int) -> int:
+    """How many pages they fill."""
+    return -(-tokens // PAGE)
 
 
 def head_size(config) -> int:
@@ -385,16 +359,26 @@ def rotate(x, cos, sin):
 @dataclass
 class Piece:
     """A run of a sequence for one prefill pass: ids behind `start` tokens that lie in `pages`. The first
-    `keep` are written there. mask (T, start + T): what each sees, None for plain causal. reads: (index in
-    ids, result row)."""
+    `keep` are written there. reads: (index in ids, result row). mask (T, start + T): what each sees, if not
+    simply all before it."""
 
     ids: list[int]
-    positions: list[int]
+    positions: list[int] | range
     start: int
     keep: int
     pages: list[Page]
-    mask: torch.Tensor | None
     reads: list[tuple[int, int]]
+    mask: torch.Tensor | None = None
+
+    def visible(self) -> torch.Tensor | None:
+        """The mask; None for plain causal."""
+        if self.mask is None and self.start:
+            return all_before(len(self.ids), self.start)
+        return self.mask
+
+
+def all_before(T: int, start: int) -> torch.Tensor:
+    return torch.ones(T, start + T, dtype=torch.bool).tril_(start)
 
 
 def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) -> list[Piece]:
@@ -412,14 +396,11 @@ def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) 
             own += suffix
             positions += range(cut, cut + len(suffix))
             reads += zip(range(len(own) - len(rows), len(own)), rows)
-        mask, T = None, len(own)
-        if a or tails:
-            mask = torch.ones(T, a + T, dtype=torch.bool).tril_(a)
-            at = b - a
-            for cut, suffix, _ in tails:
-                mask[at : at + len(suffix), cut : a + at] = False
-                at += len(suffix)
-        pieces.append(Piece(own, positions, a, b - a, pages, mask, reads))
+        mask, at = all_before(len(own), a) if tails else None, b - a
+        for cut, suffix, _ in tails:
+            mask[at : at + len(suffix), cut : a + at] = False
+            at += len(suffix)
+        pieces.append(Piece(own, positions, a, b - a, pages, reads, mask))
     return pieces
 
 
@@ -436,12 +417,13 @@ class Prefill:
             page += [p.pages[t // PAGE].index for t in range(p.start, p.start + p.keep)]
             offset += [t % PAGE for t in range(p.start, p.start + p.keep)]
             at += len(p.ids)
-        self.source, self.page, self.offset = torch.tensor([source, page, offset], device=device).unbind()
-        self.context = [torch.tensor([x.index for x in p.pages[: -(-p.start // PAGE)]], device=device)
+        where = torch.tensor([source, page, offset], dtype=torch.long, device=device)
+        self.source, self.page, self.offset = where.unbind()
+        self.context = [torch.tensor([x.index for x in p.pages[: pages_of(p.start)]], device=device)
                         for p in pieces]
         # float once, since 0 / -inf is what attention adds; a bool mask would be converted in every layer
-        self.masks = [p.mask if p.mask is None else torch.zeros(p.mask.shape, dtype=dtype, device=device)
-                      .masked_fill_(~p.mask.to(device), -torch.inf) for p in pieces]
+        self.masks = [mask if mask is None else torch.zeros(mask.shape, dtype=dtype, device=device)
+                      .masked_fill_(~mask.to(device), -torch.inf) for mask in (p.visible() for p in pieces)]
 
     def attend(self, layer, query, key, value):
         keys, values = self.pool[layer]
@@ -487,53 +469,61 @@ class Decode:
 # The sampler
 
 
+@dataclass(eq=False)
+class Trace:
+    """One trace on its way: waiting, in a row of the batch, or paused."""
+
+    prompt: list[int]
+    place: int  # in the results
+    number: int  # what its noise is made of, beside the seed
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False  # by an end token
+    pages: list[Page] = field(default_factory=list)  # while it is in a row
+    noise: np.ndarray | None = None  # (max_new_tokens,)
+
+    def append(self, token: int, logprob: float) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(min(logprob, 0.0))
+
+
 @dataclass
 class Work:
-    """A prompt that waits for memory, or a paused trace: ids are read up to the last one, which is fed."""
+    """Traces of one prompt that wait to start, or a paused one. `pages`: of the prompt once it is prefilled;
+    only the first in the queue has some."""
 
-    ids: list[int]
-    traces: deque  # trace numbers still to start from here
-    tokens: list[int] = field(default_factory=list)  # of a paused trace
-    logprobs: list[float] = field(default_factory=list)
-    forced: list[int] | None = None
-    pages: list[Page] = field(default_factory=list)  # while prefilled
+    traces: deque[Trace]
+    pages: list[Page] = field(default_factory=list)
 
 
 class Rows:
-    """The traces being decoded, as arrays; live rows are 0..count-1. `state` is all that a step is told."""
+    """The traces being decoded, in the order of their admission, and how their tokens are drawn."""
 
-    def __init__(self, rows: int, width: int, max_new_tokens: int):
-        self.count, self.admitted = 0, 0
-        self.state = np.zeros((rows, FIRST_PAGE + width), np.int32)
-        self.tokens = np.zeros((rows, max_new_tokens), np.int32)
-        self.logprobs = np.zeros((rows, max_new_tokens), np.float32)
-        self.noise = np.zeros((rows, max_new_tokens), np.float32)
-        self.age = np.zeros(rows, np.int64)
-        self.sampling = np.ones(rows, bool)  # False: forced tokens follow, then the logits are read
-        self.pages: list[list[Page]] = [[] for _ in range(rows)]
-        self.forced: list[list[int] | None] = [None] * rows
+    def __init__(self, most: int, width: int, max_new_tokens: int, temperature: float, seed: int, ends):
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.ends = np.array(ends, np.int32)
+        self.traces: list[Trace] = []
+        self.buffer = np.zeros((most, FIRST_PAGE + width), np.int32)
 
-    def add(self, work: Work, trace: int, pages: list[Page], noise) -> None:
-        row, self.count, self.admitted = self.count, self.count + 1, self.admitted + 1
-        self.state[row, :FIRST_PAGE] = work.ids[-1], len(work.ids) - 1, trace, len(work.tokens)
-        self.tokens[row, : len(work.tokens)] = work.tokens
-        self.logprobs[row, : len(work.tokens)] = work.logprobs
-        self.noise[row], self.age[row], self.sampling[row] = noise, self.admitted, work.forced is None
-        self.pages[row], self.forced[row] = pages, work.forced
-        self.address(row)
+    @property
+    def state(self) -> np.ndarray:
+        """(R, FIRST_PAGE + pages) int32: all that a step on the device is told."""
+        return self.buffer[: len(self.traces)]
+
+    def add(self, trace: Trace) -> None:
+        self.traces.append(trace)
+        ids = trace.prompt + trace.tokens
+        self.state[-1, :FIRST_PAGE] = ids[-1], len(ids) - 1, trace.number, len(trace.tokens)
+        self.address(len(self.traces) - 1)
 
     def address(self, row: int) -> None:
         """Write the places of the row's pages into its state."""
-        self.state[row, FIRST_PAGE : FIRST_PAGE + len(self.pages[row])] = [p.index for p in self.pages[row]]
+        pages = self.traces[row].pages
+        self.state[row, FIRST_PAGE : FIRST_PAGE + len(pages)] = [page.index for page in pages]
 
-    def remove(self, row: int) -> list[Page]:
-        """The last row moves into the hole. Returns the row's pages, for the caller to drop."""
-        pages, self.count = self.pages[row], self.count - 1
-        for array in (self.state, self.tokens, self.logprobs, self.noise, self.age, self.sampling, self.pages,
-                      self.forced):
-            array[row] = array[self.count]
-        self.pages[self.count] = []
-        return pages
+    def remove(self, row: int) -> Trace:
+        self.buffer[row : len(self.traces) - 1] = self.buffer[row + 1 : len(self.traces)]
+        return self.traces.pop(row)
 
 
 class Sampler:
@@ -543,17 +533,17 @@ class Sampler:
     def __init__(self, model, max_rows: int = 256, cache_gb: float | None = None, prefill_tokens: int = 8192,
                  graphs: bool = True):
         self.model, self.max_rows, self.cache_gb = model, max_rows, cache_gb
-        self.prefill_tokens, self.graphs = prefill_tokens, graphs
+        self.prefill_tokens = prefill_tokens
+        self.graphs = graphs and model.device.type == "cuda" and triton is not None
         self.covered = covers(model.config)
         if not self.covered:
-            kinds = ", ".join(layer_kinds(model.config))
-            print(f"{model.config.model_type} with {kinds} layers: sample.py has "
-                  "no paged cache for it and takes transformers' own, prompt by prompt: slower",
+            print(f"{model.config.model_type} with {', '.join(layer_kinds(model.config))} layers: sample.py "
+                  "has no paged cache for it and takes transformers' own, prompt by prompt: slower",
                   file=sys.stderr)
         self.cache: Cache | None = None
         self.network: Network | None = None
-        self.wanted = 0  # pages asked for when the cache was made
         self.replay: Graphs | None = None
+        self.wanted = 0  # pages asked for when the cache was made
         self.pauses = 0  # traces paused so far for want of memory
 
     @torch.inference_mode()
@@ -567,11 +557,171 @@ class Sampler:
         end_ids: list[int] | None = None,  # default: the end tokens of the model's generation config
         progress=None,  # called with the number of traces that ended, as they end
         places: list[int] | None = None,  # of these prompts in a larger batch: their noise is as in that one
+        at_end=None,  # called with (cache, traces that ended) while their pages are still there
     ) -> list[Rollout]:
         """n traces for each prompt, prompt-major: the traces of prompt i are [i*n : (i+1)*n].
 
         Raises ValueError when prompt + max_new_tokens exceeds the model's context or the cache's memory."""
-        return self.run(prompts, n, max_new_tokens, temperature, seed, end_ids, progress, places)[0]
+        self.check(prompts, n, temperature, [len(p) + max_new_tokens for p in prompts])
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, no room for a token: raise "
+                             "--max-new-tokens or drop the longest prompts")
+        if not prompts or not n:
+            return []
+        ends = end_tokens(self.model) if end_ids is None else end_ids
+        longest = pages_of(max(map(len, prompts)) + max_new_tokens)
+        rows = Rows(min(self.max_rows, n * len(prompts)), longest, max_new_tokens, temperature, seed, ends)
+        waiting = deque(
+            Work(deque(Trace(prompt, i * n + j, place * n + j) for j in range(n)))
+            for i, (place, prompt) in enumerate(zip(places or range(len(prompts)), map(list, prompts))))
+        results: list[Rollout | None] = [None] * (n * len(prompts))
+
+        def hand_over(traces):
+            for t in traces:
+                results[t.place] = Rollout(tuple(t.prompt), tuple(t.tokens), tuple(t.logprobs), t.finished)
+            if progress and traces:
+                progress(len(traces))
+
+        if not self.covered:
+            for work in waiting:
+                self.sample_slowly(list(work.traces), rows)
+                hand_over(work.traces)
+            return results
+        wanted = (len(rows.buffer) + 2) * longest + self.prefill_tokens // PAGE
+        with self.open(wanted, longest) as cache:
+            while waiting or rows.traces:
+                self.admit(cache, rows, waiting)
+                self.grow(cache, rows, waiting)
+                self.step(cache, rows)
+                hand_over(self.end(cache, rows, at_end))
+        return results
+
+    def admit(self, cache: Cache, rows: Rows, waiting: deque[Work]) -> None:
+        """Start waiting traces while rows and pages last. Traces of a prompt share its full pages; each has
+        its own copy of the partly filled one, and the last to start takes over the original."""
+        pieces, sources, targets = [], [], []
+        while waiting and len(rows.traces) < len(rows.buffer):
+            work = waiting[0]
+            trace, spare = work.traces[0], len(rows.traces) // 2  # pages that the rows will soon ask for
+            ids = (trace.prompt + trace.tokens)[:-1]  # the first step feeds the last token and draws the next
+            if not work.pages:
+                placed = cache.place(ids, len(ids), spare + bool(rows.traces))
+                if placed is None:
+                    break
+                work.pages = placed[0]
+                pieces += cut_pieces(ids, placed[1], work.pages)
+            whole = len(ids) // PAGE
+            if len(work.traces) == 1:
+                trace.pages = work.pages
+                waiting.popleft()
+            elif rows.traces and len(work.pages) - whole + spare > len(cache.free):
+                break
+            else:
+                tail = cache.take(len(work.pages) - whole)
+                sources += [page.index for page in work.pages[whole:]]
+                targets += [page.index for page in tail]
+                trace.pages = cache.share(work.pages[:whole]) + tail
+            work.traces.popleft()
+            if trace.noise is None:
+                trace.noise = trace_noise(rows.seed, trace.number, rows.max_new_tokens)
+            rows.add(trace)
+        self.prefill(cache, pieces)
+        cache.copy(sources, targets)
+
+    def grow(self, cache: Cache, rows: Rows, waiting: deque[Work]) -> None:
+        """Rows whose last page is full take another. When pages run short, the prompt whose traces wait gives
+        its own back, then the youngest row is paused; the oldest always fits, see fitting_pages()."""
+        def growing():
+            lengths = rows.state[:, LENGTH].tolist()
+            return [row for row, t in enumerate(rows.traces) if lengths[row] == PAGE * len(t.pages)]
+
+        while len(growing()) > len(cache.free):
+            if waiting and waiting[0].pages:
+                work = waiting[0]
+            else:
+                trace = rows.remove(len(rows.traces) - 1)
+                work = Work(deque([trace]), trace.pages)
+                waiting.appendleft(work)
+                trace.pages = []
+                self.pauses += 1
+            cache.drop(work.pages)
+            work.pages = []
+        for row in growing():
+            rows.traces[row].pages += cache.take(1)
+            rows.address(row)
+
+    def step(self, cache: Cache, rows: Rows) -> None:
+        """Feed each row's last token and draw the next."""
+        if self.replay:
+            token, logprob = self.replay(rows.state, rows.temperature, rows.seed)
+        else:
+            noise = np.array([trace.noise[len(trace.tokens)] for trace in rows.traces], np.float32)
+            noise, state = (torch.from_numpy(x).to(self.model.device) for x in (noise, rows.state))
+            drawn = choose_token(self.decode(cache, state), rows.temperature, noise)
+            token, logprob = (x.cpu().numpy() for x in drawn)
+        for trace, t, logp in zip(rows.traces, token.tolist(), logprob.tolist()):
+            trace.append(t, logp)
+        rows.state[:, TOKEN] = token
+        rows.state[:, [LENGTH, POSITION]] += 1
+
+    def decode(self, cache: Cache, state: torch.Tensor) -> torch.Tensor:
+        """state (R, FIRST_PAGE + pages) on the device -> logits (R,V)."""
+        hidden = self.network(state[:, TOKEN].long(), state[:, LENGTH].long(), Decode(cache, state))
+        return self.network.head(hidden)
+
+    def end(self, cache: Cache, rows: Rows, at_end=None) -> list[Trace]:
+        """Take the traces that are done out of their rows."""
+        finished = np.isin(rows.state[:, TOKEN], rows.ends)
+        done = np.flatnonzero(finished | (rows.state[:, POSITION] == rows.max_new_tokens)).tolist()
+        traces = [rows.remove(row) for row in reversed(done)]
+        for trace, row in zip(traces, reversed(done)):
+            trace.finished = bool(finished[row])
+        if at_end and traces:
+            at_end(cache, traces)
+        for trace in traces:
+            cache.drop(trace.pages)
+        if traces and not self.replay and cache.holes() > 16:
+            cache.compact()
+            for row in range(len(rows.traces)):
+                rows.address(row)
+        return traces
+
+    def sample_slowly(self, traces: list[Trace], rows: Rows) -> None:
+        """With transformers' own cache, for layers that pages do not cover: the traces of one prompt as a
+        batch of equal lengths, so that nothing is padded."""
+        device, past = self.model.device, None
+        ids = torch.tensor([trace.prompt for trace in traces], device=device)
+        noise = torch.from_numpy(np.stack(
+            [trace_noise(rows.seed, trace.number, rows.max_new_tokens) for trace in traces])).to(device)
+        for position in range(rows.max_new_tokens):
+            out = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = out.past_key_values
+            token, logprob = choose_token(out.logits[:, -1], rows.temperature, noise[:, position])
+            for trace, t, logp in zip(traces, token.tolist(), logprob.tolist()):
+                if not trace.finished:
+                    trace.append(t, logp)
+                    trace.finished = t in rows.ends
+            if all(trace.finished for trace in traces):
+                break
+            ids = token[:, None]
+
+    def prefill(self, cache: Cache, pieces: list[Piece], store=None) -> None:
+        """Fill pages in passes of about `prefill_tokens`; then store(hidden (reads,d), their rows)."""
+        device = self.model.device
+        while pieces:
+            sizes = np.cumsum([len(piece.ids) for piece in pieces])
+            count = max(1, int(np.searchsorted(sizes, self.prefill_tokens, side="right")))
+            some, pieces = pieces[:count], pieces[count:]
+            ids = torch.tensor([t for piece in some for t in piece.ids], device=device)
+            positions = torch.tensor([t for piece in some for t in piece.positions], device=device)
+            hidden = self.network(ids, positions, Prefill(cache, some))
+            reads = [(end - len(piece.ids) + index, row) for end, piece in zip(sizes.tolist(), some)
+                     for index, row in piece.reads]
+            if reads:
+                where, rows = zip(*reads)
+                store(hidden[torch.tensor(where, device=device)], list(rows))
+
+    # ---- reading logits: the judge -------------------------------------------------------------------------
 
     @torch.inference_mode()
     def reply_logits(self, prompts: list[list[int]], stem: list[int], token_ids: list[int],
@@ -579,9 +729,25 @@ class Sampler:
                      end_ids: list[int] | None = None) -> tuple[list[Rollout], torch.Tensor]:
         """One reply a prompt, then logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
 
-        The reply's end token is left out. The stem is fed over the reply's own cache, among other rows."""
-        return self.run(prompts, 1, max_new_tokens, temperature, seed, end_ids, stem=list(stem),
-                        token_ids=list(token_ids))
+        The reply's end token is left out. The stem is read over the reply's own cache. No stem: zeros."""
+        self.check(prompts, 1, temperature, [len(p) + max_new_tokens + len(stem) for p in prompts])
+        out = torch.zeros(len(prompts), len(token_ids))
+        store = self.into(out, token_ids)
+
+        def read(cache, traces):
+            pieces = []
+            for trace in traces:  # its last token was drawn, but not fed
+                ids = trace.tokens[len(trace.tokens) - (not trace.finished) :] + list(stem)
+                start = len(trace.prompt) + len(trace.tokens) - 1
+                pieces.append(Piece(ids, range(start, start + len(ids)), start, 0, trace.pages,
+                                    reads=[(len(ids) - 1, trace.place)]))
+            self.prefill(cache, pieces, store)
+
+        rollouts = self.sample(prompts, 1, max_new_tokens, temperature, seed, end_ids, at_end=stem and read)
+        if stem and not self.covered:
+            replies = [list(r.token_ids[: len(r.token_ids) - r.finished]) for r in rollouts]
+            out = self.next_logits([p + reply + stem for p, reply in zip(prompts, replies)], token_ids)
+        return rollouts, out
 
     @torch.inference_mode()
     def next_logits(self, prompts: list[list[int]], token_ids: list[int],
@@ -593,13 +759,10 @@ class Sampler:
         with the one before (rubric, question, reference) are computed once: let such prompts stand together.
         """
         forks = forks or [[(len(prompt), [])] for prompt in prompts]
-        weight = self.model.get_output_embeddings().weight
-        weight = weight[torch.tensor(token_ids, device=weight.device)]
-        rows = iter(range(sum(map(len, forks))))
-        asked = [[(cut, list(suffix), [next(rows)]) for cut, suffix in some] for some in forks]
         out = torch.zeros(sum(map(len, forks)), len(token_ids))
-        for hidden, reads in self.read(prompts, asked):
-            out[reads] = (hidden @ weight.T).float().cpu()
+        rows = iter(range(len(out)))
+        self.read(prompts, [[(cut, list(suffix), [next(rows)]) for cut, suffix in some] for some in forks],
+                  self.into(out, token_ids))
         return out
 
     @torch.inference_mode()
@@ -610,241 +773,58 @@ class Sampler:
         `next_logits` shares."""
         targets = [target for some in forks for _, _, target in some]
         ids = torch.tensor([t for target in targets for t in target], dtype=torch.long)
-        rows = iter(range(len(ids)))
-        asked = [[(cut, suffix + target[:-1], [next(rows) for _ in target]) for cut, suffix, target in some]
-                 for some in forks]
         weight, out = self.model.get_output_embeddings().weight, torch.zeros(len(ids))
-        for hidden, reads in self.read(prompts, asked):
-            out[reads] = token_logprob(hidden, weight, ids[reads].to(hidden.device), 1.0)[0].cpu()
+        rows = iter(range(len(ids)))
+
+        def store(hidden, rows):
+            out[rows] = token_logprob(hidden, weight, ids[rows].to(hidden.device), 1.0)[0].cpu()
+
+        self.read(prompts, [[(cut, suffix + target[:-1], [next(rows) for _ in target])
+                             for cut, suffix, target in some] for some in forks], store)
         return list(out.split([len(target) for target in targets]))
 
-    def read(self, prompts, forks):
-        """forks: per prompt (cut, suffix, result rows), see cut_pieces. Yields hidden (reads,d), the rows."""
+    def into(self, out, token_ids):
+        """A `store` for read() and prefill(): writes the logits of `token_ids` into rows of `out`."""
+        weight = self.model.get_output_embeddings().weight
+        weight = weight[torch.tensor(token_ids, device=weight.device)]
+
+        def store(hidden, rows):
+            out[rows] = (hidden @ weight.T).float().cpu()
+
+        return store
+
+    def read(self, prompts, forks, store) -> None:
+        """forks: per prompt (cut, suffix, result rows), see cut_pieces; store(hidden (reads,d), rows)."""
         longest = [max([cut + len(suffix) for cut, suffix, _ in some], default=0) for some in forks]
         self.check(prompts, 0, 1.0, longest)
         for i, (prompt, some) in enumerate(zip(prompts, forks, strict=True)):
-            if any(not 0 < cut <= len(prompt) for cut, _, _ in some):
-                raise ValueError(f"prompt {i} of {len(prompt)} tokens cannot be cut at "
-                                 f"{[cut for cut, _, _ in some]}")
+            cuts = [cut for cut, _, _ in some]
+            if not all(0 < cut <= len(prompt) for cut in cuts):
+                raise ValueError(f"prompt {i} of {len(prompt)} tokens cannot be cut at {cuts}")
         if not self.covered:
             for prompt, some in zip(prompts, forks):
                 for cut, suffix, rows in some:
                     ids = torch.tensor([prompt[:cut] + suffix], device=self.model.device)
-                    yield self.model.base_model(ids, use_cache=False).last_hidden_state[0, -len(rows):], rows
+                    store(self.model.base_model(ids, use_cache=False).last_hidden_state[0, -len(rows):], rows)
             return
-        waiting = deque((list(prompt), some) for prompt, some in zip(prompts, forks))
-        pages = -(-max(map(len, prompts), default=1) // PAGE)
-        with self.open(2 * pages + self.prefill_tokens // PAGE, pages) as cache:
-            kept: list[Page] = []  # those of the last prompt: its neighbour may start alike
-            while waiting:
-                batch, held, tokens = [], [], 0
-                while waiting and (not batch or tokens < self.prefill_tokens):
-                    ids, some = waiting[0]
-                    # what is read must be computed: at least the token before the first cut
-                    found = cache.table.match(ids[: min((cut for cut, _, _ in some), default=len(ids)) - 1])
-                    if batch and -(-len(ids) // PAGE) - len(found) > len(cache.table.free):
-                        cache.table.drop(found)
-                        break
-                    if -(-len(ids) // PAGE) - len(found) > len(cache.table.free):
-                        cache.table.drop(kept + found)
-                        kept, found = [], []
-                    waiting.popleft()
-                    start = len(found) * PAGE
-                    own = found + cache.take(-(-len(ids) // PAGE) - len(found))
-                    cache.table.publish(own, ids)
-                    held.append(own)
-                    batch += cut_pieces(ids, start, own, some)
-                    tokens += len(ids) - start + sum(len(suffix) for _, suffix, _ in some)
-                yield from self.prefill(cache, batch)
-                cache.table.drop(kept)
-                kept = held.pop()
-                for own in held:
-                    cache.table.drop(own)
-            cache.table.drop(kept)
+        longest = pages_of(max(map(len, prompts), default=1))
+        with self.open(2 * longest + self.prefill_tokens // PAGE, longest) as cache:
+            pieces, held = [], []  # pages of the prompts to come, and of the last one before
+            for prompt, some in zip(map(list, prompts), forks):
+                # what is read must be computed: at least the token before the first cut
+                reuse = min((cut for cut, _, _ in some), default=len(prompt)) - 1
+                while (placed := cache.place(prompt, reuse)) is None:
+                    self.prefill(cache, pieces, store)
+                    pieces, done, held = [], held[:-1] or held, held[1:] and held[-1:]
+                    for pages in done:
+                        cache.drop(pages)
+                held.append(placed[0])
+                pieces += cut_pieces(prompt, placed[1], placed[0], some)
+            self.prefill(cache, pieces, store)
+            for pages in held:
+                cache.drop(pages)
 
-    def prefill(self, cache: Cache, pieces: list[Piece]) -> list[tuple[torch.Tensor, list[int]]]:
-        """Fill pages, in passes of about `prefill_tokens`. Yields (hidden (reads, d), their result rows)."""
-        found, device = [], self.model.device
-        while pieces:
-            sizes = np.cumsum([len(piece.ids) for piece in pieces])
-            count = max(1, int(np.searchsorted(sizes, self.prefill_tokens, side="right")))
-            batch, pieces = pieces[:count], pieces[count:]
-            ids = torch.tensor([t for piece in batch for t in piece.ids], device=device)
-            positions = torch.tensor([t for piece in batch for t in piece.positions], device=device)
-            hidden = self.network(ids, positions, Prefill(cache, batch))
-            starts = [0, *sizes[: count - 1].tolist()]
-            reads = [(at + index, row) for at, piece in zip(starts, batch) for index, row in piece.reads]
-            if reads:
-                where, rows = zip(*reads)
-                found.append((hidden[torch.tensor(where, device=device)], list(rows)))
-        return found
-
-    # ---- the loop: admit, grow, step, end ------------------------------------------------------------------
-
-    def run(self, prompts, n, max_new_tokens, temperature, seed, end_ids, progress=None, places=None, stem=(),
-            token_ids=()):
-        room = max_new_tokens + len(stem)
-        self.check(prompts, n, temperature, [len(p) + room for p in prompts])
-        results: list[Rollout | None] = [None] * (len(prompts) * n)
-        # A trace is known by its number in the larger batch; index says where it lies in this one.
-        index = {place * n + j: i * n + j for i, place in enumerate(places or range(len(prompts)))
-                 for j in range(n)}
-        read = torch.zeros(len(results) if stem else 0, len(token_ids))
-        if not results:
-            return results, read
-        ends = np.array(end_tokens(self.model) if end_ids is None else end_ids, np.int32)
-        if not self.covered:
-            return self.run_slowly(prompts, n, max_new_tokens, temperature, seed, ends, progress, list(index),
-                                   stem, token_ids)
-        most = -(-(max(map(len, prompts)) + room) // PAGE)  # pages of the longest trace
-        rows = Rows(min(self.max_rows, len(results)), most, max(max_new_tokens, 1))
-        numbers = iter(index)
-        waiting = deque(Work(list(p), deque(islice(numbers, n))) for p in prompts)
-        wanted = (len(rows.pages) + 2) * most + self.prefill_tokens // PAGE
-        with self.open(wanted, most) as cache:
-            ready, kept = deque(), []
-
-            def retreat(row):
-                """Pause a row: free what is its own, and queue it with its tokens so far."""
-                trace, position = rows.state[row, [TRACE, POSITION]].tolist()
-                tokens, prompt = rows.tokens[row, :position].tolist(), list(prompts[index[trace] // n])
-                ids, forced = prompt + tokens, rows.forced[row]
-                if forced is not None:
-                    ids = ids[: len(ids) - (tokens[-1] in ends)] + list(stem[: len(stem) - len(forced)])
-                waiting.appendleft(Work(ids, deque([trace]), tokens, rows.logprobs[row, :position].tolist(),
-                                        forced))
-                cache.table.drop(rows.remove(row))
-                self.pauses += 1
-
-            while True:
-                kept = self.admit(cache, rows, waiting, ready, kept, seed)
-                if not rows.count:
-                    break
-                # Each row that starts a page takes one. When they run short, prompts not started yet give
-                # theirs back, then the youngest row is paused; the oldest always fits, see fitting_pages().
-                while True:
-                    lengths = rows.state[: rows.count, LENGTH]
-                    growing = [r for r in np.flatnonzero(lengths % PAGE == 0).tolist()
-                               if lengths[r] == PAGE * len(rows.pages[r])]
-                    if len(growing) <= len(cache.table.free):
-                        break
-                    if kept:
-                        cache.table.drop(kept)
-                        kept = []
-                    elif ready:
-                        work = ready.pop()
-                        cache.table.drop(work.pages)
-                        work.pages = []
-                        waiting.appendleft(work)
-                    else:
-                        retreat(int(rows.age[: rows.count].argmax()))
-                for row, page in zip(growing, cache.take(len(growing))):
-                    rows.pages[row].append(page)
-                    rows.address(row)
-
-                token, logprob, logits = self.step(cache, rows, temperature, seed)
-                live = np.arange(rows.count)
-                state = rows.state[: rows.count]
-                state[:, LENGTH] += 1
-                drawn = live[rows.sampling[: rows.count]]
-                position = state[drawn, POSITION]
-                rows.tokens[drawn, position] = state[drawn, TOKEN] = token[drawn]
-                rows.logprobs[drawn, position] = np.minimum(logprob[drawn], 0.0)
-                state[drawn, POSITION] += 1
-                finished = np.isin(token, ends)
-                done = []
-                for row in live[~rows.sampling[: rows.count]].tolist():  # a forced continuation
-                    if rows.forced[row]:
-                        state[row, TOKEN] = rows.forced[row].pop(0)
-                    else:
-                        read[index[int(state[row, TRACE])]] = logits[row, list(token_ids)].float().cpu()
-                        done.append(row)
-                ended = drawn[finished[drawn] | (state[drawn, POSITION] == max_new_tokens)].tolist()
-                for row in ended:
-                    trace, count = state[row, [TRACE, POSITION]].tolist()
-                    results[index[trace]] = Rollout(
-                        tuple(prompts[index[trace] // n]), tuple(rows.tokens[row, :count].tolist()),
-                        tuple(rows.logprobs[row, :count].tolist()), bool(finished[row]))
-                    if not stem:
-                        done.append(row)
-                        continue
-                    rows.sampling[row], rows.forced[row] = False, list(stem)
-                    if finished[row]:  # the end token is not fed
-                        state[row, TOKEN] = rows.forced[row].pop(0)
-                for row in sorted(done, reverse=True):
-                    cache.table.drop(rows.remove(row))
-                if done and cache.pool.device.type == "cpu":
-                    used = len(cache.table.pages) - len(cache.table.free)
-                    if cache.table.top() > 1.1 * used + 8:
-                        cache.copy(*cache.table.compact())
-                        for row in range(rows.count):
-                            rows.address(row)
-                if progress and ended:
-                    progress(len(ended))
-        return results, read
-
-    def admit(self, cache, rows, waiting, ready, kept, seed) -> list[Page]:
-        """Start waiting traces while rows and pages last. Returns the pages kept for a prompt's neighbour."""
-        table, copies = cache.table, ([], [])
-        while rows.count < len(rows.pages) and (ready or waiting):
-            spare = rows.count // 2 if rows.count else 0  # pages that the live rows will soon ask for
-            if not ready:
-                pieces, free, tokens = [], len(rows.pages) - rows.count, 0
-                while waiting and free > 0 and tokens < self.prefill_tokens:
-                    work = waiting[0]
-                    ids = work.ids[:-1]  # the last token is fed by the first step, which draws the next one
-                    found = table.match(ids)
-                    missing = -(-len(ids) // PAGE) - len(found)
-                    if missing + 1 + spare > len(table.free) and (rows.count or ready):
-                        table.drop(found)
-                        break
-                    table.drop(kept)
-                    work.pages = found + cache.take(missing)
-                    table.publish(work.pages, ids)
-                    kept = table.share(work.pages[: len(ids) // PAGE])
-                    pieces += cut_pieces(ids, len(found) * PAGE, work.pages)
-                    ready.append(waiting.popleft())
-                    free, tokens = free - len(work.traces), tokens + len(ids) - len(found) * PAGE
-                self.prefill(cache, pieces)
-                if not ready:
-                    break
-            work = ready[0]
-            full = (len(work.ids) - 1) // PAGE
-            tail, last = work.pages[full:], len(work.traces) == 1
-            if not last and len(table.free) < len(tail) + spare and rows.count:
-                break
-            if last:  # takes over the prompt's pages
-                pages, work.pages = work.pages, []
-                ready.popleft()
-            else:
-                pages = table.share(work.pages[:full]) + cache.take(len(tail))
-                copies[0].extend(page.index for page in tail)
-                copies[1].extend(page.index for page in pages[full:])
-            trace = work.traces.popleft()
-            rows.add(work, trace, pages, trace_noise(seed, trace, rows.noise.shape[1]))
-        cache.copy(*copies)
-        if not waiting and not ready:
-            table.drop(kept)
-            kept = []
-        return kept
-
-    def step(self, cache, rows, temperature, seed):
-        """Feed each row's token; draw the next: token (R,) and logprob (R,) on the host, logits (R,V)."""
-        state = rows.state[: rows.count]
-        if self.replay:
-            return self.replay(state, temperature, seed)
-        state = torch.from_numpy(state).to(self.model.device)
-        position = np.minimum(state[:, POSITION].cpu().numpy(), rows.noise.shape[1] - 1)
-        noise = torch.from_numpy(rows.noise[np.arange(rows.count), position]).to(self.model.device)
-        logits = self.decode(cache, state)
-        token, logprob = choose_token(logits, temperature, noise)
-        return token.cpu().numpy(), logprob.cpu().numpy(), logits
-
-    def decode(self, cache, state):
-        return self.network.head(self.network(state[:, TOKEN].long(), state[:, LENGTH].long(),
-                                              Decode(cache, state)))
-
-    # ---- memory --------------------------------------------------------------------------------------------
+    # ---- memory and limits ---------------------------------------------------------------------------------
 
     @contextmanager
     def open(self, wanted: int, longest: int):
@@ -853,35 +833,35 @@ class Sampler:
         On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
         cuda = self.model.device.type == "cuda"
         addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
-        if self.cache is None or wanted > self.wanted or longest + 2 > len(self.cache.table.pages) or (
+        if self.cache is None or wanted > self.wanted or longest + 2 > len(self.cache.pages) or (
                 self.replay and self.replay.outdated(addresses, longest)):
             self.cache = self.replay = None  # freed before the successor is made
             if cuda:
                 torch.cuda.empty_cache()
-            self.cache, self.wanted = Cache(self.model, min(wanted, self.fitting_pages(longest))), wanted
-            if cuda and self.graphs and triton is not None:
+            self.cache, self.wanted = self.make_cache(wanted, longest), wanted
+            if self.graphs:
                 self.replay = Graphs(self, self.cache, self.max_rows, longest, addresses)
         reserved = self.cache.take(1) if self.replay else []  # page 0 takes what padding rows write
         self.network = Network(self.model)
         try:
             yield self.cache
-            self.cache.table.drop(reserved)
-            assert len(self.cache.table.free) == len(self.cache.table.pages), "a page is still held"
+            self.cache.drop(reserved)
+            assert len(self.cache.free) == len(self.cache.pages), "a page is still held"
         finally:
-            self.cache.table = PageTable(len(self.cache.table.pages))
+            self.cache.clear()
             self.network = None
             if not cuda:
                 self.cache = None
 
-    def fitting_pages(self, longest: int) -> int:
-        """How many pages the cache may hold; refuses here what could never fit."""
-        config = self.model.config
-        page = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * PAGE
-        page *= self.model.dtype.itemsize
+    def make_cache(self, wanted: int, longest: int) -> Cache:
+        """At most `wanted` pages, as memory lasts; refuses here what could never fit."""
+        model, config = self.model, self.model.config
+        shape = [config.num_hidden_layers, 2, 1, config.num_key_value_heads, PAGE, head_size(config)]
+        page = math.prod(shape) * model.dtype.itemsize
         if self.cache_gb is not None:
             budget = self.cache_gb * 2**30
-        elif self.model.device.type == "cuda":
-            budget = 0.6 * torch.cuda.mem_get_info(self.model.device)[0]
+        elif model.device.type == "cuda":
+            budget = 0.6 * torch.cuda.mem_get_info(model.device)[0]
         else:
             budget = 4 * 2**30
         least = page * (longest + 2)  # and a copy of a prompt's last page, and the page of padding rows
@@ -889,9 +869,11 @@ class Sampler:
             raise ValueError(
                 f"one trace of {longest * PAGE} tokens needs {least / 2**30:.3g} GB of cache, "
                 f"{budget / 2**30:.3g} GB are there: lower --max-new-tokens or raise --cache-gb")
-        return int(budget // page)
+        shape[2] = min(wanted, int(budget // page))
+        return Cache(torch.empty(shape, dtype=model.dtype, device=model.device))
 
     def check(self, prompts, n, temperature, needed) -> None:
+        """needed: tokens of each prompt with all that is to follow it."""
         if temperature < 0 or n < 0:
             raise ValueError(f"temperature and n must not be negative, got {temperature} and {n}")
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -902,44 +884,6 @@ class Sampler:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones "
                                  f"it exceeds the model's context of {limit}: "
                                  "lower --max-new-tokens or drop the problem")
-
-    # ---- other families ------------------------------------------------------------------------------------
-
-    def run_slowly(self, prompts, n, max_new_tokens, temperature, seed, ends, progress, numbers, stem,
-                   token_ids):
-        """The same with transformers' own cache, for layers that pages do not cover: one prompt at a time,
-        its n traces as a batch of equal lengths, so that nothing is padded."""
-        results, device = [], self.model.device
-        read = torch.zeros(len(prompts) * n if stem else 0, len(token_ids))
-        for i, prompt in enumerate(prompts):
-            noise = torch.stack([trace_noise(seed, t, max_new_tokens) for t in numbers[i * n :][:n]])
-            noise = noise.to(device)
-            ids, past = torch.tensor([prompt] * n, device=device), None
-            tokens, logprobs = [], []
-            over = torch.zeros(n, dtype=torch.bool, device=device)
-            for position in range(max_new_tokens):
-                out = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-                past = out.past_key_values
-                token, logprob = choose_token(out.logits[:, -1], temperature, noise[:, position])
-                tokens.append(token)
-                logprobs.append(logprob)
-                over |= torch.isin(token, torch.from_numpy(ends).to(device))
-                ids = token[:, None]
-                if over.all():
-                    break
-            for j in range(n):
-                row, lps = ([x[j].item() for x in column] for column in (tokens, logprobs))
-                end = next((k + 1 for k, t in enumerate(row) if t in ends), len(row))
-                finished = row[end - 1] in ends
-                lps = tuple(min(x, 0.0) for x in lps[:end])
-                results.append(Rollout(tuple(prompt), tuple(row[:end]), lps, bool(finished)))
-                if stem:
-                    asked = list(prompt) + row[: end - finished] + list(stem)
-                    logits = self.model(torch.tensor([asked], device=device), logits_to_keep=1).logits
-                    read[len(results) - 1] = logits[0, -1, list(token_ids)].float().cpu()
-            if progress:
-                progress(n)
-        return results, read
 
 
 class Graphs:
@@ -999,10 +943,10 @@ def bucket(rows: int) -> int:
     return -(-rows // step) * step if rows > 8 else 2 ** (rows - 1).bit_length()
 
 
-def trace_noise(seed: int, trace: int, tokens: int) -> torch.Tensor:
+def trace_noise(seed: int, trace: int, tokens: int) -> np.ndarray:
     """Uniform numbers (tokens,) for one trace: a function of (seed, trace, position) alone."""
     generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, trace]))
-    return torch.from_numpy(generator.random(tokens, dtype=np.float32))
+    return generator.random(tokens, dtype=np.float32)
 
 
 def end_tokens(model) -> list[int]:
@@ -1116,44 +1060,35 @@ examples
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sample a data set and print pass@k with 95% intervals.",
                                      epilog=EXAMPLES, usage="python sample.py [flags]", formatter_class=Help)
-    group = parser.add_argument_group("models and data")
-    group.add_argument("--model", default="data/miniature/policy",
-                       help="folder, hub id, or bare well-known name")
-    group.add_argument("--against", metavar="MODEL", default=None,
-                       help="sample a second model, too, and print the paired difference to it")
-    group.add_argument("--data", nargs="+", default=["data/miniature/eval.jsonl"],
-                       help="files or hub data set ids")
-    group.add_argument("--limit", type=int, default=None, help="only the first so many problems")
-    group.add_argument("--max-prompt-tokens", type=int, default=2048,
-                       help="longer questions are reported and left out")
-    group.add_argument("--skip-bad-rows", action="store_true",
-                       help="count and drop bad rows instead of stopping")
-    group.add_argument("--out", type=Path, default=None, help="write every trace to this JSONL file")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--n", type=int, default=16, help="traces per problem")
-    group.add_argument("--k", type=int, nargs="+", default=None,
-                       help="pass@k for these k (default: 1, 2, 4, ... n)")
-    group.add_argument("--max-new-tokens", type=int, default=None,
-                       help="default: 1024, or what fits the context")
-    group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    group.add_argument("--seed", type=int, default=0,
-                       help="the noise is a function of seed, trace and position")
-    group = parser.add_argument_group("engine")
-    group.add_argument("--max-rows", type=int, default=256, help="traces decoded at the same time")
-    group.add_argument("--cache-gb", type=float, default=None,
-                       help="memory for keys and values (default: 4 on a CPU, 60%% of the free on a GPU)")
-    group.add_argument("--bench", nargs="?", const="", default=None, metavar="JUDGE",
-                       help="time sampling, and judging with JUDGE, beside transformers (a table and a CSV, "
-                            "see experiments/bench_sampler.py)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add = parser.add_argument_group("models and data").add_argument
+    add("--model", default="data/miniature/policy", help="folder, hub id, or bare well-known name")
+    add("--against", metavar="MODEL", help="sample a second model, too, and print the paired difference")
+    add("--data", nargs="+", default=["data/miniature/eval.jsonl"], help="files or hub data set ids")
+    add("--limit", type=int, help="only the first so many problems")
+    add("--max-prompt-tokens", type=int, default=2048, help="longer questions are reported and left out")
+    add("--skip-bad-rows", action="store_true", help="count and drop bad rows instead of stopping")
+    add("--out", type=Path, help="write every trace to this JSONL file")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--n", type=int, default=16, help="traces per problem")
+    add("--k", type=int, nargs="+", help="pass@k for these k (default: 1, 2, 4, ... n)")
+    add("--max-new-tokens", type=int, help="default: 1024, or what fits the context")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--seed", type=int, default=0, help="the noise is a function of seed, trace and position")
+    add = parser.add_argument_group("engine").add_argument
+    add("--max-rows", type=int, default=256, help="traces decoded at the same time")
+    add("--cache-gb", type=float,
+        help="memory for keys and values (default: 4 on a CPU, 60%% of the free on a GPU)")
+    add("--bench", nargs="?", const="", metavar="JUDGE",
+        help="time sampling, and judging with JUDGE, beside transformers (a table and a CSV, see "
+             "experiments/bench_sampler.py)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
     if args.bench is not None:
-        sys.path.append(str(Path(__file__).parent / "experiments"))
-        import bench_sampler
+        from experiments import bench_sampler
         return bench_sampler.main(args.model, args.bench, args.data[0], pick_device(args.device))
-    ks = args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]
-    if args.n < 1 or max(ks) > args.n or min(ks) < 1:
+    ks = sorted(set(args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]))
+    if args.n < 1 or ks[-1] > args.n or ks[0] < 1:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out: the folder {args.out.parent} does not exist: create it")
@@ -1178,7 +1113,7 @@ def main() -> None:
         out = args.out and args.out.with_suffix(".against.jsonl")
         solved.append(sample_and_print(args, other, problems, ks, out))
         print("difference, the same problems in both (95% interval)")
-        for k in sorted(set(ks)):
+        for k in ks:
             ours, theirs = ([pass_at_k(args.n, c, k) for c in counts] for counts in solved)
             difference = np.subtract(ours, theirs)
             low, high = bootstrap_interval(difference)
@@ -1193,7 +1128,7 @@ def sample_and_print(args, lm: LM, problems: list[Problem], ks, out: Path | None
     if out:
         write_atomically(out, jsonl(records))
     print(lm.name)
-    for k in sorted(set(ks)):
+    for k in ks:
         low, high = metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"]
         print(f"  pass@{k:<4d} {metrics[f'pass@{k}']:7.2%}   95% interval {low:.2%} .. {high:.2%}")
     print(f"  length {metrics['length']:.0f} tokens, cut off {metrics['cut_off']:.1%}, "

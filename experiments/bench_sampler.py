@@ -18,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +28,7 @@ import transformers  # noqa: E402
 from data import load_problems  # noqa: E402
 from experiments.bench_head import cpu_name  # noqa: E402
 from judge import Judge  # noqa: E402
-from sample import FIRST_PAGE, LENGTH, PAGE, TRACE, Network, Rows, Sampler, load_lm  # noqa: E402
+from sample import PACKS, PAGE, Network, Rows, Sampler, Trace, load_lm, trace_noise  # noqa: E402
 
 OUT = ROOT / "experiments" / "results" / "sampler_bench.csv"
 COLORS = ("#1b6ca8", "#c8553d", "#7fb2d9", "#e3a899")
@@ -143,14 +142,15 @@ def judging(policy, lm, problems, rounds, reply):
 def decode_step(model, rows, context, rounds=4):
     """(wall, CPU) seconds of the fastest step: `rows` rows with `context` tokens each, no page shared."""
     width = context // PAGE + 1
-    sampler, live = Sampler(model, rows, cache_gb=64), Rows(rows, width, 1)
+    sampler, live = Sampler(model, rows, cache_gb=64), Rows(rows, width, rounds + 1, 1.0, 0, [])
     with sampler.open(rows * width + 2, width) as cache:
+        for r in range(rows):
+            live.add(Trace([0] * (context + 1), r, r, pages=cache.take(width),
+                           noise=trace_noise(0, r, rounds + 1)))
         cache.pool.fill_(0.01)  # memory that was never written would all be read from one place
-        pages = cache.take(rows * width)
-        live.count, live.state[:, LENGTH], live.state[:, TRACE] = rows, context, range(rows)
-        live.state[:, FIRST_PAGE:] = np.reshape([page.index for page in pages], (rows, width))
-        times = [clock(lambda: sampler.step(cache, live, 1.0, 0))[1:] for _ in range(rounds + 1)]
-        cache.table.drop(pages)
+        times = [clock(lambda: sampler.step(cache, live))[1:] for _ in range(rounds + 1)]
+        for trace in live.traces:
+            cache.drop(trace.pages)
     return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
 
 
@@ -267,8 +267,7 @@ def ragged(model):
 
 
 def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sampling", "judging", "steps"),
-         dtypes=("bfloat16", "float32"), rows=(64, 16), tokens=256, rounds=2, judge_problems=4,
-         out=OUT):
+         dtypes=None, rows=(64, 16), tokens=256, rounds=2, judge_problems=4, out=OUT):
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else (
         f"{cpu_name()}, {torch.get_num_threads()} threads")
     about = dict(machine=machine, torch=torch.__version__, transformers=transformers.__version__,
@@ -276,6 +275,9 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sa
                  command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     print(", ".join(map(str, about.values())))
     problems = load_problems([data], split="test")
+    # first what the machine computes fast: judging is timed in that one
+    fast = device.startswith("cuda") or torch.bfloat16 in PACKS
+    dtypes = dtypes or (("bfloat16", "float32") if fast else ("float32", "bfloat16"))
     lines = []
 
     def add(dtype, found):
@@ -287,9 +289,9 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sa
         if "sampling" in what:
             print(f"sampling, {model}, {dtype}")
             add(dtype, sampling(lm, problems, rows, tokens, rounds))
-        if "judging" in what and judge and dtype == "bfloat16":
+        if "judging" in what and judge and dtype == dtypes[0]:
             print(f"judging, {judge}, {dtype}")
-            add(dtype, judging(lm, load_lm(judge, device, torch.bfloat16), problems[:judge_problems], rounds,
+            add(dtype, judging(lm, load_lm(judge, device, lm.model.dtype), problems[:judge_problems], rounds,
                                tokens))
         if "steps" in what and not device.startswith("cuda"):
             add(dtype, steps(lm.model))
@@ -323,7 +325,7 @@ if __name__ == "__main__":
     parser.add_argument("--judge", default="", help="also time judging with this model")
     parser.add_argument("--data", default="openai/gsm8k:main:test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="*", help="default: both, first the machine's faster one")
     parser.add_argument("--rows", nargs="*", type=int, default=[64, 16])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--judge-problems", type=int, default=4, help="of 8 traces each")
