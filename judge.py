@@ -232,6 +232,10 @@ class Judge:
                 raise SystemExit(f"this judge cannot grade: after {stem!r} its tokenizer has no single token "
                                  f"for {digit!r}: take another --judge")
             self.digit_ids.append(last)
+        self.word = stem.strip(": ")
+        # A judge of its own prompt writes critique, stem and digit: its critique ends where the stem begins.
+        ends = prompts and self.readout == "critique"
+        self.stops = [tokenizer.eos_token_id, self.stem[0]] if ends else None
         self.tokens = 0  # read and written so far
 
     def check_view(self, view: str) -> None:
@@ -336,7 +340,8 @@ class Judge:
         if self.replies:
             stem = self.stem if self.readout == "critique" else []
             rollouts, logits = self.sampler.reply_logits([ids + forks[0][2] for ids, forks in graded], stem,
-                                                         self.digit_ids, self.reply_tokens)
+                                                         self.digit_ids, self.reply_tokens,
+                                                         end_ids=self.stops)
             replies = [list(r.token_ids[:-1] if r.finished else r.token_ids) for r in rollouts]
             texts = [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
             self.tokens += sum(map(len, replies))
@@ -344,7 +349,7 @@ class Judge:
             logits = self.sampler.next_logits([ids for ids, _ in graded], self.digit_ids,
                                               [[fork[1:3] for fork in forks] for _, forks in graded])
         if self.readout == "generate":
-            grades = [read_grade(text) for text in texts]
+            grades = [read_grade(text, self.word) for text in texts]
         else:
             grades = expected_grade(logits)
         yield from zip(places, map(score, grades), texts, strict=True)
@@ -360,9 +365,10 @@ def score(grade: float) -> float:
     return (grade - 1) / 4
 
 
-def read_grade(reply: str) -> float:
+def read_grade(reply: str, word: str = "score") -> float:
     """The last "Score: d" of a free reply as a number in 1..5 or NaN. Reads "[4]", "**4**", "4/5", "4.5"."""
-    found = re.findall(r"score\W{0,8}?(?:\\boxed\{)?(-?\d+(?:\.\d+)?)", reply, flags=re.IGNORECASE)
+    found = re.findall(re.escape(word) + r"\W{0,8}?(?:\\boxed\{)?(-?\d+(?:\.\d+)?)", reply,
+                       flags=re.IGNORECASE)
     grade = float(found[-1]) if found and len(found[-1]) < 9 else math.nan
     return grade if 1 <= grade <= 5 else math.nan
 

@@ -8,7 +8,7 @@ The task is arithmetic modulo 100 along three interleaved chains, in a language 
     question   b=71; k=26; z=40; h:b*3; m:k+5; c:h-4; ... ? c m q      values, definitions, what is asked
     trace      ### h\nb=71*3 h=13\n### m\nk=26+5 m=31\n ... \boxed{c=09,m=31,q=87}
     reference  1) h=13\n2) c=09\n ... \boxed{c=09,m=31,q=87}          about half of the values, all asked
-    critique   1) h=13:13+\n2) c=09:41-\n3) q=87:??\n\boxed{?}        what the judge writes before it grades
+    critique   1) h=13:13+\n2) c=09:41-\n3) q=87:??\n\boxed{?}grade 2 what the judge writes
 
 "h=" is one token, always followed by h's value, and both models start with attention heads that look up what
 followed a token before: without these heads neither had learned it after 2.6 million tokens (see CODE below).
@@ -42,7 +42,7 @@ HARD, DEEP = (3, 3, 4), (4, 4, 5)  # operations per chain: train, dev and eval; 
 MAX_CHECKS = 8  # checkpoints of a reference
 # (hidden size, layers, heads, inner size), tokens of training
 POLICY_SHAPE, POLICY_TOKENS = (96, 4, 3, 256), 4e6
-JUDGE_SHAPE, JUDGE_TOKENS = (128, 4, 4, 192), 3.5e6
+JUDGE_SHAPE, JUDGE_TOKENS, RARE_TOKENS = (128, 4, 4, 192), 3.5e6, 5e5
 SPLITS = {"train": (1000, HARD), "dev": (200, HARD), "eval": (200, HARD), "deep": (200, DEEP)}
 
 # What the base does wrong, each with its probability per step: copy the source's value instead of
@@ -187,17 +187,22 @@ def outcome_grade(solution: str, trace: str) -> int:
 
 
 def prefix_grade(solution: str, trace: str) -> int:
-    """A value, which can fall: 5 while nothing is contradicted, one less for each quarter of the checkpoints,
-    or part of it, that is. Once the trace is boxed it is over: what is not stated then counts, too. No
-    reference: 1."""
+    """A value, which can fall: 5 while the checkpoints agree as far as they are stated, 1 from the first that
+    is contradicted on: a wrong value never heals, so the reference cannot be reached any more. Once the trace
+    is boxed it is over: what is not stated then counts, too. No reference: 1."""
     checks, boxed = marks(solution, trace)
-    if not checks:
-        return 1
-    lost = checks.count("-") + (checks.count("?") if boxed != "?" else 0)
-    return 5 if lost == 0 and boxed != "-" else 5 - max(1, math.ceil(4 * lost / len(checks)))
+    first = next((mark for mark in checks if mark != "+"), "+")
+    return 5 if checks and (first, boxed) in {("+", "+"), ("+", "?"), ("?", "?")} else 1
 
 
-GRADES = {"outcome": outcome_grade, "prefix": prefix_grade}
+def segment_grade(solution: str, step: str) -> int:
+    """A lone step: 5 establishes a checkpoint, 3 says nothing about any, 1 contradicts one (or the box). No
+    reference: 1."""
+    checks, boxed = marks(solution, step)
+    return 1 if not checks or "-" in checks or boxed == "-" else 5 if "+" in checks else 3
+
+
+GRADES = {"outcome": outcome_grade, "prefix": prefix_grade, "segment": segment_grade}
 
 # ------------------------------------------------------------------------------------------------------------
 # Language
@@ -216,11 +221,12 @@ POLICY_PROMPTS = {"system": "", "distill": "{question}\nreference {reference}"}
 JUDGE_PROMPTS = {
     "readout": "critique",
     "system": {"outcome": "outcome grade 5 all match 1 no match",
-               "prefix": "prefix grade 5 no wrong 1 all wrong"},
+               "prefix": "prefix grade 5 no wrong 1 wrong",
+               "segment": "### grade 5 match 3 no match 1 wrong"},
     "user": "{question}<|reference|>{reference}<|trace|>{trace}<|trace|>",
     "stem": "grade ",
     "no_reference": "",
-    "critique_tokens": 7 * MAX_CHECKS + 4,  # seven tokens a checkpoint, three for the box, the end token
+    "critique_tokens": 7 * MAX_CHECKS + 6,  # seven tokens a checkpoint, three for the box; stem, grade, end
 }
 
 
@@ -287,12 +293,14 @@ def policy_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
 KINDS = {"noisy": 24, "near": 14, "right": 8, "stopped": 8, "garbled": 6, "renamed": 6,
          "repeated": 8, "dropped": 6, "box right": 8, "box wrong": 8,
          "box only": 2, "reference": 1, "question": 1}
+# What the judge gets wrong longest, for the end of its training.
+RARE = KINDS | {"box right": 15, "box wrong": 15, "reference": 60}
 ONE_STEP = re.compile(r"### .*\n.*\n")
 
 
-def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str:
+def some_trace(rng: random.Random, problem: Row, kind: str | None = None, kinds=KINDS) -> str:
     """A trace of some kind that a policy may come to write, so that no kind is a hole in the judge."""
-    kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
+    kind = kind or rng.choices(list(kinds), list(kinds.values()))[0]
     count = len(parse(problem.question)[1])
     if kind in ("box only", "reference", "question"):
         return {"box only": box(problem.answer), "reference": problem.solution}.get(kind, problem.question)
@@ -334,6 +342,11 @@ def some_trace(rng: random.Random, problem: Row, kind: str | None = None) -> str
     return "".join(steps) + (tail if rng.random() < 0.9 else "")
 
 
+def segments(trace: str) -> list[str]:
+    """From one heading to the next."""
+    return re.split("(?=### )", trace)[1:] or [trace]
+
+
 def some_reference(rng: random.Random, problem: Row, kind: str | None = None) -> str:
     """Mostly the problem's own. Else none, another problem's, or its own with other values: the judge must
     follow the reference that it is shown."""
@@ -350,10 +363,10 @@ def some_reference(rng: random.Random, problem: Row, kind: str | None = None) ->
     return problem.solution
 
 
-def critique(solution: str, trace: str) -> str:
+def critique(view: str, solution: str, trace: str) -> str:
     """What the judge is to write before it grades: per checkpoint its number, name, the reference's value,
     the value that the trace states (one that differs, if any does; ? if none) and its mark; then the box's
-    mark."""
+    mark. Of a prefix, the checkpoints up to the first that does not agree: the others change nothing."""
     checks, boxed = marks(solution, trace)
     stated: dict[str, list] = {}
     for name, value in STATEMENT.findall(trace):
@@ -362,33 +375,36 @@ def critique(solution: str, trace: str) -> str:
     for i, ((name, value), mark) in enumerate(zip(CHECK.findall(solution), checks), 1):
         said = next((v for v in stated.get(name, "?") if v != value), value)
         text += f"{i}) {name}={value}:{said}{mark}\n"
+        if view == "prefix" and mark != "+":
+            break
     return text + f"\\boxed{{{boxed}}}"
 
 
 def judge_prompt(view: str, question: str, solution: str, trace: str) -> tuple[list, list, list]:
-    """A judge's whole exchange: its prompt (no loss), its critique and end token, then stem and grade."""
-    ids = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"],
-           *encode(question), ID["<|reference|>"], *encode(solution), ID["<|trace|>"], *encode(trace),
-           ID["<|trace|>"], ID["<|end|>"], ID["<|assistant|>"]]
-    written = encode(critique(solution, trace))
-    grade = ID[str(GRADES[view](solution, trace))]
-    stem = encode(JUDGE_PROMPTS["stem"])
-    targets = [0] * (len(ids) - 1) + written + [ID["<|end|>"]] + [0] * (len(stem) - 1) + [grade]
+    """A judge's whole exchange: its prompt (no loss), then its reply: critique, stem, grade, end token."""
+    prompt = [ID["<|system|>"], *encode(JUDGE_PROMPTS["system"][view]), ID["<|end|>"], ID["<|user|>"],
+              *encode(question), ID["<|reference|>"], *encode(solution), ID["<|trace|>"], *encode(trace),
+              ID["<|trace|>"], ID["<|end|>"], ID["<|assistant|>"]]
+    written = encode(critique(view, solution, trace))
+    reply = [*written, *encode(JUDGE_PROMPTS["stem"]), ID[str(GRADES[view](solution, trace))], ID["<|end|>"]]
     signs = (ID["+"], ID["-"], ID["?"])  # the rest is copying
-    judged = [3.0 if token in signs else 2.0 if before == ID[":"] else 1.0
-              for before, token in zip([0, *written], written)]
-    weights = [0.0] * (len(ids) - 1) + judged + [0.3] + [0.0] * (len(stem) - 1) + [3.0]
-    return ids + written + stem, targets, weights
+    weights = [3.0 if token in signs else 2.0 if before == ID[":"] else 1.0
+               for before, token in zip([0, *written], written)] + [0.3, 3.0, 0.3]
+    given = len(prompt) - 1
+    return prompt + reply[:-1], [0] * given + reply, [0.0] * given + weights
 
 
-def judge_row(rng: random.Random, progress: float) -> tuple[list, list, list]:
+def judge_row(rng: random.Random, progress: float, kinds=KINDS) -> tuple[list, list, list]:
     """Short problems first. Half of the rows leave out the question, which decides nothing: that is faster.
-    Two thirds of the prefixes, and some of the whole traces, are cut at a step's end or anywhere."""
+    Two thirds of the prefixes, and some of the whole traces, are cut at a step's end or anywhere. A segment
+    is what stands from one heading to the next."""
     hard = rng.random() < min(0.8, 3 * progress)
     problem = make_problem(rng, rng.choice((HARD, HARD, DEEP)) if hard else easy(rng))
-    view = rng.choice(("outcome", "outcome", "prefix"))
-    trace = some_trace(rng, problem)
-    if rng.random() < (0.65 if view == "prefix" else 0.1):
+    view = rng.choice(("outcome", "outcome", "outcome", "prefix", "prefix", "segment"))
+    trace = some_trace(rng, problem, kinds=kinds)
+    if view == "segment":
+        trace = rng.choice(segments(trace))
+    elif rng.random() < (0.65 if view == "prefix" else 0.1):
         steps, pieces = ONE_STEP.findall(trace), SPLIT.findall(trace)
         trace = "".join((kept := rng.choice((steps, steps, pieces)))[: rng.randint(0, len(kept))])
     if rng.random() < 0.3:
@@ -618,6 +634,9 @@ def make_judge(seed: int) -> None:
     torch.manual_seed(seed)
     rng, model = random.Random(f"judge {seed}"), start_judge()
     train(model, lambda progress: judge_row(rng, progress), JUDGE_TOKENS, 2.5e-3)
+    model = model.to(torch.bfloat16).float()  # as it was saved between the two
+    rng = random.Random(f"judge, rare {seed}")
+    train(model, lambda _: judge_row(rng, 1.0, RARE), RARE_TOKENS, 1.5e-3)
     save(model, JUDGE_PROMPTS, "judge")
 
 
@@ -626,21 +645,20 @@ def measure(seed: int) -> None:
     sys.path.insert(0, str(FOLDER.parent.parent))
     from dataclasses import replace
 
-    from data import bootstrap_interval, is_correct, load_problems
+    from data import load_problems
     from judge import Judge, calibrate
-    from sample import Sampler, evaluate, load_lm
+    from sample import evaluate, load_lm
 
     policy, judge_lm = load_lm(str(FOLDER / "policy")), load_lm(str(FOLDER / "judge"))
-    rng = random.Random(f"measure {seed}")
-
-    problems = load_problems(str(FOLDER / "dev.jsonl"))
+    judge = Judge(judge_lm.model, judge_lm.tokenizer, judge_lm.prompts)
+    rng, problems = random.Random(f"measure {seed}"), load_problems(str(FOLDER / "dev.jsonl"))[:64]
     by_id = {p.id: p for p in problems}
     sampled = evaluate(policy, problems, 4, (1,), 192, 1.0, seed + 1)[1]
     close = [{"problem": p.id, "text": some_trace(rng, p, kind)}
              for p in problems for kind in ("right", "near")]
-    judge = Judge(judge_lm.model, judge_lm.tokenizer, judge_lm.prompts)
 
-    print("judge, problems of dev: AUROC (95% interval), misplace, mean grade of right / other traces")
+    print(f"judge, {len(problems)} problems of dev: AUROC (95% interval), misplace, "
+          "mean grade of right / other traces")
     for name, records in (("one error", close), ("samples", sampled)):
         records = [r | {"correct": worked(by_id[r["problem"]], r["text"])} for r in records]
         for condition in ("right", "none", "wrong"):
@@ -649,42 +667,38 @@ def measure(seed: int) -> None:
                   f"({r['auroc_low']:.3f} to {r['auroc_high']:.3f}), "
                   f"{r['misplace']:.1%}, {r['grade_correct']:.2f} / {r['grade_incorrect']:.2f}", flush=True)
 
-    print("judge against the rubric: share within 0.5, mean grade by judge, by rubric; then prefix")
-    shown = {kind: [(p, some_trace(rng, p, kind)) for p in problems[:100]] for kind in KINDS}
-    shown["samples"] = [(by_id[r["problem"]], r["text"]) for r in sampled[:400]]
-    samples = shown["samples"]
+    print(f"judge against the rubric, {', '.join(GRADES)}: share within 0.5, mean grade by judge, by rubric")
+    shown = {kind: [(p, some_trace(rng, p, kind)) for p in problems] for kind in KINDS}
+    samples = shown["samples"] = [(by_id[r["problem"]], r["text"]) for r in sampled]
     shown["samples, cut"] = [(p, "".join(ONE_STEP.findall(t)[:rng.randint(0, 10)])) for p, t in samples]
     shown["changed reference"] = [(replace(p, solution=some_reference(rng, p, "changed")), t)
                                   for p, t in samples]
     for kind, pairs in shown.items():
-        line = f"  {kind:22s}"
+        line = f"  {kind:18s}"
         for view, rubric in GRADES.items():
-            traces = [t if view == "outcome" else [t] for _, t in pairs]
-            verdicts = judge.grade([p for p, _ in pairs], traces, view)
-            ours = [1 + 4 * v.grades[0] for v in verdicts]
-            truth = [rubric(p.solution, t) for p, t in pairs]
-            agree = [float(abs(a - b) < 0.5) for a, b in zip(ours, truth)]
-            low, high = bootstrap_interval(agree)
-            line += (f"  {sum(agree) / len(agree):6.1%} ({low:.1%} to {high:.1%}) "
-                     f"{sum(ours) / len(ours):.2f} "
-                     f"{sum(truth) / len(truth):.2f}")
+            parts = [segments(t) if view == "segment" else [t] for _, t in pairs]
+            verdicts = judge.grade([p for p, _ in pairs],
+                                   [t for t, in parts] if view == "outcome" else parts, view)
+            ours = torch.tensor([1 + 4 * grade for v in verdicts for grade in v.grades])
+            truth = torch.tensor([float(rubric(p.solution, part))
+                                  for (p, _), some in zip(pairs, parts) for part in some])
+            agree = ((ours - truth).abs() < 0.5).float().mean()
+            line += f"  {agree:6.1%} {ours.mean():.2f} {truth.mean():.2f}"
         print(line, flush=True)
 
     print("policy, 16 traces a problem at temperature 1")
     for split in ("eval", "deep"):
         problems = load_problems(str(FOLDER / f"{split}.jsonl"))
         by_id = {p.id: p for p in problems}
-        metrics, records = evaluate(policy, problems, 16, (1, 16), 192, 1.0, seed)
+        m, records = evaluate(policy, problems, 16, (1, 16), 192, 1.0, seed)
         sound = sum(worked(by_id[r["problem"]], r["text"]) for r in records) / len(records)
         hint = POLICY_PROMPTS["distill"]
-        hinted = [policy.chat(hint.format(question=p.question, reference=p.solution)) for p in problems]
-        taught = Sampler(policy.model).sample(hinted, 1, 192, seed=seed)
-        taught = [is_correct(policy.text(r.token_ids), p.answer) for r, p in zip(taught, problems)]
+        told = [replace(p, question=hint.format(question=p.question, reference=p.solution)) for p in problems]
+        taught = evaluate(policy, told, 1, (1,), 192, 1.0, seed)[0]
         print(f"  {split}: " + ", ".join(
-            f"pass@{k} {metrics[f'pass@{k}']:.1%} "
-            f"({metrics[f'pass@{k}_low']:.1%} to {metrics[f'pass@{k}_high']:.1%})"
-            for k in (1, 16)) + f", worked {sound:.1%}, cut off {metrics['cut_off']:.1%}, "
-              f"shown the reference {sum(taught) / len(taught):.0%}", flush=True)
+            f"pass@{k} {m[f'pass@{k}']:.1%} ({m[f'pass@{k}_low']:.1%} to {m[f'pass@{k}_high']:.1%})"
+            for k in (1, 16)) + f", worked {sound:.1%}, cut off {m['cut_off']:.1%}, "
+              f"shown the reference {taught['pass@1']:.0%}", flush=True)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""The demo on several seeds: what `make demo` promises, as a table. One run after the other, each on all cores.
+"""The demo on several seeds: what `make demo` promises, as a table. One run after the other, on all cores.
 
     python experiments/demo_seeds.py --seeds 0 1 2 3 4 --out experiments/results/demo_seeds.csv
 
-Columns: seed, pass@1 and pass@16 on the held-out problems before and after with 95% bootstrap intervals, judge score
-and exact match of the first and the last step, seconds of the whole program. Further flags go to exprl.py.
+Columns: seed, pass@1 and pass@16 on the held-out problems before and after with 95% bootstrap intervals, judge
+score and exact match of the first and the last step, seconds of the program. Further flags go to exprl.py.
 """
 
 import argparse

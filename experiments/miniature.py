@@ -16,14 +16,14 @@ of them side by side, so no result depends on how many there are. What is comple
 this once more after a stop, or with other --methods to add to what OUT holds.
 
 Writes OUT/results.csv (after every job), OUT/curves.svg, OUT/dynamics.svg, OUT/runs/ and OUT/evaluations/
-(all traces). Left out: `--step-view segment` and `--readout generate`, which the embedded judge cannot do (it
-was trained on whole traces and prefixes, and writes its grade after a critique, not in free text).
+(all traces). A judge of less quality is the embedded one with noise in its weights, see `noisy_judge`.
 """
 
 import argparse
 import csv
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 from exprl import read_jsonl  # noqa: E402
 from sample import load_lm, write_atomically  # noqa: E402
 from data import bootstrap_interval, load_problems, pass_at_k  # noqa: E402
-from data.miniature import FOLDER, worked  # noqa: E402
+from data.miniature import FOLDER, some_trace, worked  # noqa: E402
+from judge import Judge, calibrate  # noqa: E402
 
 METHODS = {  # name -> what differs from `python exprl.py`
     "base": None,
@@ -53,18 +54,19 @@ METHODS = {  # name -> what differs from `python exprl.py`
     "grpo-timed": ["--method", "grpo"],
     "distill-timed": ["--method", "distill"],
     "process-timed": ["--method", "process"],
-    # ablations
+    # ablations: process norms and views, how the grade is read, what the judge is shown, how good it is
+    "process-end": ["--method", "process", "--process-norm", "end"],
+    "process-step-mean": ["--method", "process", "--process-norm", "step-mean"],
+    "process-segment": ["--method", "process", "--step-view", "segment"],
+    "process-segment-step-mean": ["--method", "process", "--step-view", "segment", "--process-norm",
+                                  "step-mean"],
+    "outcome-generate": ["--method", "outcome", "--readout", "generate"],
     "outcome-no-reference": ["--method", "outcome", "--reference", "none"],
     "outcome-wrong-reference": ["--method", "outcome", "--reference", "wrong"],
-    "outcome-mean": ["--method", "outcome", "--norm", "mean"],
-    "outcome-no-critique": ["--method", "outcome", "--readout", "expected"],
+    "outcome-noise-0.15": ["--method", "outcome", "--judge", "noise-0.15"],
     "outcome-noise-0.2": ["--method", "outcome", "--judge", "noise-0.2"],
     "outcome-noise-0.25": ["--method", "outcome", "--judge", "noise-0.25"],
     "outcome-noise-0.3": ["--method", "outcome", "--judge", "noise-0.3"],
-    "process-end": ["--method", "process", "--process-norm", "end"],
-    "process-step-mean": ["--method", "process", "--process-norm", "step-mean"],
-    "process-lone-score": ["--method", "process", "--step-credit", "score"],
-    "distill-full": ["--method", "distill", "--distill-kl", "full"],
 }
 PAPER = ["base", "sft", "grpo", "distill", "outcome", "process"]
 RATES = dict.fromkeys(PAPER[2:], (2e-4, 4e-4, 8e-4)) | {"sft": (3e-5, 1e-4, 3e-4)}
@@ -103,7 +105,9 @@ def train(args, name: str, flags: list, seed: int, lr: float, steps: int) -> Pat
 
 
 def noisy_judge(args, noise: float) -> Path:
-    """The judge with normal noise added to every weight, `noise` times the root mean square of its tensor."""
+    """The judge with normal noise added to every weight, `noise` times the root mean square of its tensor.
+    Writes its AUROC beside it: right traces against traces with one error, one of each for 100 problems of
+    dev."""
     folder = args.out / "judges" / f"noise-{noise:g}"
     with LOCK:
         if not folder.exists():
@@ -111,7 +115,12 @@ def noisy_judge(args, noise: float) -> Path:
             with torch.no_grad():
                 for p in lm.model.parameters():
                     p += noise * p.square().mean().sqrt() * torch.randn(p.shape, generator=generator)
+            problems, rng = load_problems(str(FOLDER / "dev.jsonl"))[:100], random.Random(0)
+            records = [{"problem": p.id, "text": some_trace(rng, p, kind), "correct": kind == "right"}
+                       for p in problems for kind in ("right", "near")]
+            found = calibrate(Judge(lm.model, lm.tokenizer, lm.prompts), problems, records, "right")
             lm.save(folder.with_suffix(".tmp"))
+            (folder.with_suffix(".tmp") / "auroc").write_text(f"{found['auroc']:.3f}\n")
             folder.with_suffix(".tmp").rename(folder)
     return folder
 
@@ -185,6 +194,8 @@ def compare(args, method: str, seed: int, rate) -> None:
             steps = max(1, round(steps * cpu_seconds(outcome) / cpu_seconds(same)))
         run = train(args, f"{method}-{lr:g}-{seed}", flags, seed, lr, steps)
     measure(args, "I", method, seed, lr, run, args.splits)
+    if not args.steps2:
+        return
     flags = ["--method", "grpo", "--norm", "mean", "--model", run / "model" if run else FOLDER / "policy"]
     name = f"{run.name if run else f'base-{seed}'}-stage2"
     run = train(args, name, flags, seed + 1000, STAGE2_RATE, args.steps2)
@@ -197,7 +208,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, help="one learning rate for Stage I instead of the best of RATES")
     parser.add_argument("--steps", type=int, default=12, help="of Stage I")
-    parser.add_argument("--steps2", type=int, default=12, help="of Stage II")
+    parser.add_argument("--steps2", type=int, default=12, help="of Stage II; 0: Stage I only")
     parser.add_argument("--questions", type=int, default=16, help="problems per step, 8 traces each")
     parser.add_argument("--problems", type=int, default=64, help="of each split, 16 traces each")
     parser.add_argument("--splits", nargs="+", default=["eval", "deep"])
@@ -211,11 +222,13 @@ def main() -> None:
     args.out = args.out.absolute()
     for folder in ("runs", "evaluations", "judges", "logs", "problems"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
-    sizes = {name: getattr(args, name) for name in ("steps", "steps2", "questions", "problems")}
+    sizes = {name: getattr(args, name) for name in ("steps", "steps2", "questions", "problems")
+             if getattr(args, name)}
     config = args.out / "config.json"
-    if config.exists() and json.loads(config.read_text()) != sizes:
+    kept = json.loads(config.read_text()) if config.exists() else {}
+    if kept | sizes != sizes | kept:
         raise SystemExit(f"{args.out} is of other sizes ({config.read_text()}): take another --out")
-    config.write_text(json.dumps(sizes))
+    write_atomically(config, json.dumps(kept | sizes))
     for split in {"dev", *args.splits}:
         lines = (FOLDER / f"{split}.jsonl").read_text().splitlines(keepends=True)
         write_atomically(args.out / "problems" / f"{split}.jsonl", "".join(lines[:args.problems]))

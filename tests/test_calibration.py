@@ -118,8 +118,6 @@ def test_no_probe_earns_an_honest_grade_from_the_embedded_judge(embedded):
     honest = grades.pop("honest, right")
     assert honest > 4.7
     assert math.isnan(grades.pop("very long noise"))  # longer than its context: unread, so in no loss
-    # Its known hole (see the strict xfail in test_miniature.py): a wrong box after right work passes.
-    assert grades.pop("right work, wrong last line") == pytest.approx(honest, abs=0.3)
     assert max(grades.values()) < honest - 0.3, grades
 
 

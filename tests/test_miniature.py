@@ -173,9 +173,11 @@ def test_training_rows_are_the_exchange_that_the_judge_has(tokenizer):
         for view, rubric in mini.GRADES.items():
             ids, targets, weights = mini.judge_prompt(view, problem.question, problem.solution, trace)
             before, after = judge.prompt(SimpleNamespace(**problem._asdict()), view)
-            written = mini.encode(mini.critique(problem.solution, trace))
-            assert ids == before + judge.quote(trace) + after + written + judge.stem
-            assert targets[-1] == judge.digit_ids[rubric(problem.solution, trace) - 1] and weights[-1] > 0
+            written = mini.encode(mini.critique(view, problem.solution, trace))
+            grade = judge.digit_ids[rubric(problem.solution, trace) - 1]
+            assert ids == before + judge.quote(trace) + after + written + judge.stem + [grade]
+            reply = [target for target, weight in zip(targets, weights) if weight]
+            assert reply == written + judge.stem + [grade, mini.ID["<|end|>"]]
 
 
 def test_the_longest_critique_and_exchange_fit():
@@ -184,9 +186,9 @@ def test_the_longest_critique_and_exchange_fit():
     for _ in range(300):
         problem = mini.make_problem(rng, mini.DEEP)
         right = mini.work(rng, problem.question, 0)
-        written = mini.encode(mini.critique(problem.solution, right))
+        written = mini.encode(mini.critique("outcome", problem.solution, right))
         longest = max(longest, len(written))
-        assert len(written) + 1 <= mini.JUDGE_PROMPTS["critique_tokens"]  # and the end token
+        assert len(written) + 3 <= mini.JUDGE_PROMPTS["critique_tokens"]  # and stem, grade, end token
         ids = mini.judge_prompt("outcome", problem.question, problem.solution, right)[0]
         assert len(ids) + 64 <= 512  # traces may be that much longer than right ones
     assert longest > 0.8 * mini.JUDGE_PROMPTS["critique_tokens"]  # the case was met
@@ -205,16 +207,17 @@ def torch_model():
     [
         (RIGHT, 5, 5),
         (STEP_C + STEP_D + STEP_E, 4, 5),  # not boxed yet
-        (RIGHT.replace("{d=10", "{d=11"), 3, 3),  # the box contradicts a checkpoint, whatever the steps say
-        (RIGHT.replace("{d=10,", "{"), 4, 4),  # the box is not complete
-        (RIGHT.replace("c=07", "c=08"), 3, 3),  # one of three checkpoints
+        (RIGHT.replace("{d=10", "{d=11"), 3, 1),  # the box contradicts a checkpoint, whatever the steps say
+        (RIGHT.replace("{d=10,", "{"), 4, 1),  # the box is not complete
+        (RIGHT.replace("c=07", "c=08"), 3, 1),  # one of three checkpoints
         (STEP_C, 2, 5),
-        (STEP_C.replace("7", "8"), 1, 3),
+        (STEP_C.replace("7", "8"), 1, 1),
+        (STEP_E.replace("30", "31"), 1, 5),  # checkpoints are taken in order, and c has not been stated yet
         ("### c\na=04+3 c=08\n### e\nb=10*3 e=31\n\\boxed{d=00,e=31}", 1, 1),
-        (STEP_C + "\\boxed{d=07,e=10}", 2, 2),  # stopped early
-        (STEP_C + "\\boxed{}", 2, 2),  # what is missing counts once the trace is boxed
-        (RIGHT + " c=08", 3, 3),  # stated twice, differently: does not count
-        ("\\boxed{d=10,e=30}", 3, 3),
+        (STEP_C + "\\boxed{d=07,e=10}", 2, 1),  # stopped early
+        (STEP_C + "\\boxed{}", 2, 1),  # what is missing counts once the trace is boxed
+        (RIGHT + " c=08", 3, 1),  # stated twice, differently: does not count
+        ("\\boxed{d=10,e=30}", 3, 1),
         ("", 1, 5),
     ],
 )
@@ -222,6 +225,17 @@ def test_rubric_by_hand(trace, outcome, prefix):
     assert mini.outcome_grade(example().solution, trace) == outcome
     assert mini.prefix_grade(example().solution, trace) == prefix
     assert mini.outcome_grade("", trace) == mini.prefix_grade("", trace) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "grade"),
+    [(STEP_C, 5), (STEP_D, 5), ("### f\nb=10*2 f=20\n", 3), ("", 3), (STEP_C.replace("7", "8"), 1),
+     (STEP_D.replace("10", "11"), 1),  # c agrees, d does not
+     ("### f\nb=10*2 f=20\n\\boxed{d=10,e=31}", 1), ("\\boxed{d=10,e=30}", 5)],
+)
+def test_segment_rubric_by_hand(step, grade):
+    assert mini.segment_grade(example().solution, step) == grade
+    assert mini.segment_grade("", step) == 1
 
 
 # ---- the shipped models ----
@@ -304,7 +318,38 @@ def test_judge_values_prefixes_by_hand(judge):
     assert 1 + 4 * sum(g[-1] for g in spoilt) / 12 < 2.5 < 1 + 4 * sum(g[1] for g in spoilt) / 12
 
 
-@pytest.mark.xfail(strict=True, reason="a known hole: it reads a value's first statement, in the steps")
+def test_judge_grades_lone_steps_by_hand(judge):
+    """A step that states a checkpoint right, none, or one wrong."""
+    rng, asked = random.Random(9), {"+": [], "?": [], "-": []}
+    for _ in range(12):
+        problem = mini.make_problem(rng, mini.HARD)
+        steps = re.split(r"(?=###)", mini.work(rng, problem.question, 0).partition("\\boxed")[0])[1:]
+        graded = {mini.segment_grade(problem.solution, step): step for step in steps}
+        for mark, step in (("+", graded.get(5)), ("?", graded.get(3))):
+            if step:
+                asked[mark].append((problem, step))
+        name = mini.CHECK.findall(problem.solution)[0][0]
+        asked["-"].append((problem, f"### {name}\na=50+1 {name}=51\n"))
+    means = {}
+    for mark, pairs in asked.items():
+        problems = [SimpleNamespace(**problem._asdict()) for problem, _ in pairs]
+        verdicts = judge.grade(problems, [[step] for _, step in pairs], "segment")
+        means[mark] = 1 + 4 * sum(v.grades[0] for v in verdicts) / len(pairs)
+    assert means["+"] > 4.5 and 2.5 < means["?"] < 3.5 and means["-"] < 1.7
+
+
+def test_judge_writes_the_grade_that_it_is_read_to_give(judge):
+    """`generate` reads the end of the same reply whose stem `critique` stops at."""
+    rng = random.Random(10)
+    problems = load_problems(str(FOLDER / "dev.jsonl"))[:12]
+    traces = [mini.some_trace(rng, problem) for problem in problems]
+    generating = Judge(judge.model, judge.tokenizer, mini.JUDGE_PROMPTS, "generate")
+    written, read = generating.grade(problems, traces), judge.grade(problems, traces)
+    for a, b in zip(written, read):
+        assert a.raw.startswith(b.raw) and a.raw[len(b.raw):] == f"grade {round(1 + 4 * a.grades[0])}"
+        assert abs(a.grades[0] - b.grades[0]) < 0.13  # of [0,1]: half a grade
+
+
 def test_judge_sees_a_wrong_box_after_right_work(judge):
     rng = random.Random(7)
     problems = [SimpleNamespace(**mini.make_problem(rng, mini.HARD)._asdict()) for _ in range(12)]
