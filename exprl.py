@@ -38,11 +38,11 @@ import signal
 import sys
 import time
 import traceback
-from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import Problem, is_correct
@@ -193,42 +194,41 @@ def batch_for(problems: list[Problem], settings: Settings, step: int) -> list[Pr
 
 def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, list[dict]]:
     """Sample, grade, turn grades into token advantages, update. Returns metrics and trace records."""
-    clock = Clock(state, "sampling")
+    enter(state, "sampling")
     places = share(settings.questions, settings.updates)  # all of them, unless there are several processes
-    judged = state.judge.tokens if state.judge else 0
     with together(state):
         traces = sample_traces(state, settings, step, places)
     tokens = total(sum(len(r.token_ids) for r in traces.rollouts))
     traces = replace(traces, mean_length=tokens / total(len(traces.rollouts)))
-    clock.lap("judging")
+    sampling = enter(state, "judging")
+    judged = state.judge.tokens if state.judge else 0
     with together(state):
         batch = METHODS[settings.method](state, settings, traces)
         records = trace_records(step, traces, batch)
     records = in_order(places, records)
-    judged = state.judge and total(state.judge.tokens - judged)
     metrics = trace_metrics(settings, records)
-    unread = metrics["unread"]
-    if unread > settings.max_unread:
-        raise Stop(f"step {step}: {unread:.0%} of the grades could not be read, more than --max-unread "
-                   f"{settings.max_unread:.0%}. The judge's replies stand at the end of rollouts.jsonl; "
-                   "calibrate it with `python judge.py`, or take another --judge or --readout", records)
-    clock.lap("training")
+    if metrics["unread"] > settings.max_unread:
+        raise Stop(f"step {step}: {metrics['unread']:.0%} of the grades could not be read, more than "
+                   f"--max-unread {settings.max_unread:.0%}. The judge's replies stand at the end of "
+                   "rollouts.jsonl; calibrate it with `python judge.py`, or take another --judge or "
+                   "--readout", records)
+    judging = enter(state, "training")
     lr = learning_rate(settings, step)
     update_metrics = update(state, settings, batch, lr)
-    clock.lap("logging")
+    training = enter(state, "logging")
+    sampled = settings.method != "sft"
     for r in records:
         state.seen[r["problem"]] = state.seen.get(r["problem"], False) or r["correct"]
-    sampled = settings.method != "sft"
     return {
         "step": step,
         **metrics,
-        "unsolved": 1 - mean(list(state.seen.values())) if sampled else None,
+        "unsolved": 1 - mean(state.seen.values()) if sampled else None,
         **update_metrics,
         "lr": lr,
-        "sample_tok_s": tokens / clock.laps["sampling"] if sampled else None,
-        "judge_tok_s": judged / clock.laps["judging"] if state.judge else None,
-        "train_tok_s": tokens / clock.laps["training"],
-        "seconds": clock.total(),
+        "sample_tok_s": tokens / sampling if sampled else None,
+        "judge_tok_s": total(state.judge.tokens - judged) / judging if state.judge else None,
+        "train_tok_s": tokens / training,
+        "seconds": sampling + judging + training,
         "peak_gb": max(gather(peak_gb(state.device))),
     }, records if sampled else []
 
@@ -247,36 +247,35 @@ def sample_traces(state: "State", settings: Settings, step: int, places: list[in
 
 def trace_metrics(settings: Settings, records: list[dict]) -> dict:
     """The metrics that a step's records give, those of a problem side by side."""
-    sampled = settings.method != "sft"
+    sampled, judged = settings.method != "sft", settings.method in JUDGED
     group = settings.group if sampled else 1
     moving = [r["advantage"] != [0.0, 0.0] for r in records]
-    scores = [mean(r["grades"]) if r["grades"] and None not in r["grades"] else None for r in records]
-    correct = [r["correct"] for r in records]
-
-    def averages(rows) -> dict:
-        graded = [scores[i] for i in rows if scores[i] is not None]
-        return {"score": mean(graded) if settings.method in JUDGED else None,
-                "accuracy": mean([correct[i] for i in rows]) if sampled else None}
-
     tokens = sum(r["tokens"] for r in records)
+
+    def score(record) -> float | None:
+        return None if None in record["grades"] else mean(record["grades"])
+
+    def averages(some: list[dict]) -> dict:
+        return {"score": mean(s for s in map(score, some) if s is not None) if judged else None,
+                "accuracy": mean(r["correct"] for r in some) if sampled else None}
+
     metrics = {
-        **averages(range(len(records))),
+        **averages(records),
         "length": tokens / len(records),
-        "headings": mean([count_headings(r["text"]) for r in records]),
-        "cut_off": mean([not r["finished"] for r in records]),
-        "unread": mean([None in r["grades"] for r in records]),
-        "zero_groups": mean([not any(moving[i : i + group]) for i in range(0, len(records), group)]),
+        "headings": mean(len(HEADING.findall(r["text"])) for r in records),
+        "cut_off": mean(not r["finished"] for r in records),
+        "unread": mean(None in r["grades"] for r in records),
+        "zero_groups": mean(not any(moving[i : i + group]) for i in range(0, len(records), group)),
     }
     domains = sorted({r["domain"] for r in records})
     if len(domains) > 1:
-        metrics["domains"] = {d: averages([i for i, r in enumerate(records) if r["domain"] == d])
-                              for d in domains}
-    if settings.method in JUDGED:  # a trace cut off has its grade from --overlong, not from the judge
-        own = [s if r["finished"] else None for s, r in zip(scores, records)]
-        metrics["judge_corr"] = corr_in_groups(own, correct, group)
-    if settings.method == "process":
-        metrics["step_grades"] = mean_by_position(
-            [r["grades"] for r in records if r["domain"] not in settings.outcome_domains])
+        metrics["domains"] = {d: averages([r for r in records if r["domain"] == d]) for d in domains}
+    if judged:  # a trace cut off has its grade from --overlong, not from the judge
+        metrics["judge_corr"] = corr_in_groups([score(r) if r["finished"] else None for r in records],
+                                               [r["correct"] for r in records], group)
+    if settings.method == "process":  # the mean grade of first, second, ... steps that could be read
+        columns = zip_longest(*(r["grades"] for r in records if r["domain"] not in settings.outcome_domains))
+        metrics["step_grades"] = [mean(g for g in column if g is not None) for column in columns]
     if settings.method == "distill":
         metrics["teacher_kl"] = sum(r["teacher_kl"] * r["tokens"] for r in records) / tokens
     return metrics
@@ -309,25 +308,34 @@ class Batch:
     lengths: list[int]  # (N) tokens per row, for packing
     read: torch.Tensor  # (N,) false = the judge could not be read: the row is in no loss
     advantages: torch.Tensor | None = None  # (N,T)
+    old_logp: torch.Tensor | None = None  # (N,T) under the weights before the step's first update
     step_ids: torch.Tensor | None = None  # (N,T) the token's step, -1 outside the trace
     verdicts: tuple[Verdict, ...] = ()  # (N)
     teacher: "Batch | None" = None  # distill, full KL: the same traces behind the teacher's prompts
     notes: dict = field(default_factory=dict)  # name -> (N,) numbers of the method's own, for the records
 
+    def pick(self, rows: list[int]) -> "Batch":
+        """What the loss needs of `rows`, no wider than their longest."""
+        lengths = [self.lengths[row] for row in rows]
+
+        def cut(tensor):
+            return None if tensor is None else tensor[rows, :max(lengths)]
+
+        teacher = self.teacher and self.teacher.pick(rows)
+        return Batch(cut(self.ids), cut(self.mask), cut(self.sampled_logp), lengths, self.read[rows],
+                     cut(self.advantages), cut(self.old_logp), teacher=teacher)
+
 
 def collate(rollouts: list[Rollout], device) -> Batch:
-    lengths = [len(r.prompt_ids) + len(r.token_ids) for r in rollouts]
-    rows, width = len(rollouts), max(lengths)
-    ids = torch.zeros(rows, width, dtype=torch.long)
-    mask = torch.zeros(rows, width, dtype=torch.bool)
-    sampled_logp = torch.zeros(rows, width)
-    for i, r in enumerate(rollouts):
-        start, end = len(r.prompt_ids), lengths[i]
-        ids[i, :end] = torch.tensor(r.prompt_ids + r.token_ids)
-        mask[i, start:end] = True
-        sampled_logp[i, start:end] = torch.tensor(r.logprobs)
-    return Batch(ids.to(device), mask.to(device), sampled_logp.to(device), lengths,
-                 torch.ones(rows, dtype=torch.bool, device=device))
+    def padded(rows):
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+    prompts, traces = [len(r.prompt_ids) for r in rollouts], [len(r.token_ids) for r in rollouts]
+    return Batch(padded([*r.prompt_ids, *r.token_ids] for r in rollouts),
+                 padded([False] * p + [True] * t for p, t in zip(prompts, traces)),
+                 padded([0.0] * p + list(r.logprobs) for p, r in zip(prompts, rollouts)),
+                 [p + t for p, t in zip(prompts, traces)],
+                 torch.ones(len(rollouts), dtype=torch.bool, device=device))
 
 
 def trace_records(step: int, traces: Traces, batch: Batch) -> list[dict]:
@@ -343,7 +351,7 @@ def trace_records(step: int, traces: Traces, batch: Batch) -> list[dict]:
         record |= {name: float(values[i]) for name, values in batch.notes.items()}
         if batch.verdicts:
             first = batch.step_ids[i][batch.mask[i]].cpu().diff(prepend=torch.tensor([-1])) != 0
-            record |= {"grades": none_for_nan(batch.verdicts[i].grades),
+            record |= {"grades": [None if math.isnan(g) else g for g in batch.verdicts[i].grades],
                        "advantages": advantages[first].tolist(), "judge": batch.verdicts[i].raw}
         records.append(record)
     return records
@@ -396,8 +404,8 @@ def distill(state: "State", settings: Settings, traces: Traces) -> Batch:
                       state.device)
     gap = torch.zeros_like(batch.sampled_logp)
     # The same tokens behind two prompts: in row order, the flat entries of both are the same tokens.
-    gap[batch.mask] = (all_logprobs(state.reference, settings, teacher)[teacher.mask]
-                       - batch.sampled_logp[batch.mask])
+    hinted = all_logprobs(state.reference, settings, teacher, list(range(len(teacher.lengths))))
+    gap[batch.mask] = hinted[teacher.mask] - batch.sampled_logp[batch.mask]
     lengths = batch.mask.sum(1, keepdim=True)
     weights = batch.mask * (traces.mean_length / lengths.clamp(min=1))
     full = settings.distill_kl == "full"
@@ -445,27 +453,27 @@ def cut_off(settings, traces, rows, zero=Verdict((0.0,), CUT_OFF)) -> tuple[dict
 def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], starts=None) -> Batch:
     """Grades -> one advantage per token. Rows in `starts` (row -> the tokens at which steps open) have steps
     and get --process-norm, the others a single grade and --norm."""
-    starts = starts or {}
+    starts, device = starts or {}, batch.mask.device
     verdicts = tuple(verdicts[i] for i in range(len(batch.lengths)))
-    step_ids = torch.where(batch.mask, 0, -1)
-    for i, begins in starts.items():
-        begins = begins[:max(1, len(verdicts[i].grades))]  # a trace that was not graded by step is one step
-        place = batch.mask[i].nonzero()[:, 0]
-        step_ids[i, place] = torch.bucketize(torch.arange(len(place)), torch.tensor(begins), right=True
-                                             ).to(place.device) - 1
-    n_steps = torch.tensor([len(v.grades) for v in verdicts], device=batch.mask.device)
-    grades = torch.zeros(len(verdicts), max(1, int(n_steps.max())), device=batch.mask.device)
+    n_steps = torch.tensor([len(v.grades) for v in verdicts], device=device)
+    grades = torch.zeros(len(verdicts), max(1, int(n_steps.max())), device=device)
     for i, v in enumerate(verdicts):
         grades[i, :len(v.grades)] = torch.tensor(v.grades)
+    step_ids = torch.where(batch.mask, 0, -1)
+    for i, opens in starts.items():
+        opens = torch.tensor(opens[:max(1, len(verdicts[i].grades))])  # not graded by step: one step
+        tokens = torch.arange(int(batch.mask[i].sum()))
+        step_ids[i, batch.mask[i]] = torch.bucketize(tokens, opens, right=True).to(device) - 1
+    by_step = torch.tensor([i in starts for i in range(len(verdicts))], device=device)
+    process_norm = settings.process_norm.replace("-", "_")
     advantages = torch.zeros_like(batch.sampled_logp)
-    for norm, stepwise in ((settings.norm, False), (settings.process_norm.replace("-", "_"), True)):
-        rows = torch.tensor([(i in starts) == stepwise for i in range(len(verdicts))]).to(batch.mask.device)
-        if not rows.any():
-            continue
-        advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group, norm)
-        if stepwise and norm == "delta" and settings.step_credit == "score":
-            single = rows & (n_steps == 1)
-            advantages[single] = (grades[single, :1].nan_to_num() * batch.mask[single])
+    for rows, norm in ((~by_step, settings.norm), (by_step, process_norm)):
+        if rows.any():
+            advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group,
+                                                norm)
+    if process_norm == "delta" and settings.step_credit == "score":
+        lone = by_step & (n_steps == 1)
+        advantages[lone] = grades[lone, :1].nan_to_num() * batch.mask[lone]
     read = ~grades.isnan().any(1)
     return replace(batch, advantages=advantages, step_ids=step_ids, verdicts=verdicts, read=read)
 
@@ -513,13 +521,6 @@ def hinted_prompt(policy: LM, problem: Problem) -> list[int]:
     slots = {"{question}": problem.question, "{reference}": problem.solution}
     return policy.chat(re.sub(r"\{(?:question|reference)\}", lambda m: slots[m[0]],
                               policy.prompts.get("distill", TEACHER)))
-
-
-def mean_by_position(grades: list[list[float | None]]) -> list[float | None]:
-    """Mean grade of the first, second, ... step, over the traces that have one which could be read."""
-    columns = [[g[k] for g in grades if len(g) > k and g[k] is not None]
-               for k in range(max(map(len, grades), default=0))]
-    return [mean(column) for column in columns]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -570,115 +571,93 @@ def microbatches(rows: list[int], lengths: list[int], budget: int, group: int = 
     batches: list[list[int]] = []
     width = 0  # of the last one
     for row in sorted(rows, key=lambda r: (longest[r // group], r // group, lengths[r])):
-        if batches and (len(batches[-1]) + 1) * max(width, lengths[row]) <= budget:
-            batches[-1].append(row)
-            width = max(width, lengths[row])
-        else:
-            batches.append([row])
+        width = max(width, lengths[row])
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
             width = lengths[row]
+        batches[-1].append(row)
     return batches
-
-
-def cut(batch: Batch, rows: list[int], settings: Settings):
-    """Micro-batches of `rows`: ids and mask (R,W), a function that takes a (N,T) tensor's entries at the mask
-    -> (M,), and the rows."""
-    for part in microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group):
-        width = max(batch.lengths[row] for row in part)
-        mask = batch.mask[part, :width]
-
-        def take(tensor, part=part, width=width, mask=mask):
-            return tensor[part, :width][mask]
-
-        yield batch.ids[part, :width], mask, take, part
 
 
 def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     """`updates` optimizer updates, each over its share of the problems. Returns the loss's metrics."""
-    temperature = loss_temperature(settings)
-    groups = torch.arange(len(batch.lengths)).view(-1, 1 if settings.method == "sft" else settings.group)
-    parts = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if part.numel()]
-    totals = dict(tokens=0.0, entropy=0.0, kl=0.0, ratio_gap=0.0, clip_share=0.0, nll=0.0)
-    norms = []
+    sft = settings.method == "sft"
+    temperature = 1.0 if sft else settings.temperature  # the sampled distribution is the trained one
+    groups = torch.arange(len(batch.lengths)).view(-1, 1 if sft else settings.group)
+    first, *later = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if len(part)]
     # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
     # 1 and needs no pass; the later ones need theirs before the weights move.
-    sampled_with = state.policy.model if ranks() == 1 else state.sampling
-    old = [None] + [all_logprobs(sampled_with, settings, batch, part, state.amp()) for part in parts[1:]]
-    for part, old_logp in zip(parts, old):
-        part = [row for row in part if batch.read[row]]
+    if later:
+        sampled_with = state.policy.model if ranks() == 1 else state.sampling
+        old_logp = all_logprobs(sampled_with, settings, batch, sum(later, []), state.amp())
+        batch = replace(batch, old_logp=old_logp)
+    norms, sums = [], torch.zeros(6, dtype=torch.float64)
+    for part in (first, *later):
+        rows = [row for row in part if batch.read[row]]
         # Divide by the update's sampled tokens, not a micro-batch's: the split must not change the gradient.
         # FSDP takes the mean over processes, where the sum is meant.
-        denominator = max(total(int(batch.mask[part].sum()) if part else 0), 1) / ranks()
-        # without a KL or an entropy bonus, a row without advantage has no gradient
-        always = settings.kl > 0 or settings.entropy_bonus > 0
-        moving = [row for row in part if always or batch.advantages[row].any()]
-        passes = list(cut(batch, moving, settings))
-        shortest = min(range(len(batch.lengths)), key=batch.lengths.__getitem__)
-        for i in range(max(gather(len(passes)))):
-            # Each process runs as many passes as the busiest: those beyond its own count nothing.
-            own = i < len(passes)
-            ids, mask, take, rows = passes[i] if own else next(cut(batch, [shortest], settings))
-            before = None if old_logp is None else take(old_logp)
-            if batch.teacher:
-                head = partial(distillation_head, state, settings, batch, rows, denominator)
+        denominator = max(total(int(batch.mask[rows].sum())), 1) / ranks()
+        if settings.kl == 0 and settings.entropy_bonus == 0:
+            rows = [row for row in rows if batch.advantages[row].any()]  # the others have no gradient
+        passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group)
+        # Each process runs as many passes as the busiest: those beyond its own, of a short row, count 0.
+        idle = max(gather(len(passes))) - len(passes)
+        for own, rows in [(1, rows) for rows in passes] + [(0, [int(np.argmin(batch.lengths))])] * idle:
+            micro = batch.pick(rows)
+            on_policy = part is first
+            old_logp = None if on_policy else micro.old_logp[micro.mask]
+            if micro.teacher:
+                head = partial(distillation_head, state, settings, micro, denominator)
             else:
                 ref_logp = None
                 if settings.kl > 0:
                     with torch.no_grad():
-                        ref_logp, _ = logprobs(state.reference, ids, mask, temperature)
-                head = partial(policy_head, advantages=take(batch.advantages), old_logp=before,
+                        ref_logp, _ = logprobs(state.reference, micro.ids, micro.mask, temperature)
+                head = partial(policy_head, advantages=micro.advantages[micro.mask], old_logp=old_logp,
                                ref_logp=ref_logp, temperature=temperature, denominator=denominator,
                                clip_low=settings.clip_low, clip_high=settings.clip_high,
                                dual_clip=settings.dual_clip, kl=settings.kl,
                                entropy_weight=settings.entropy_bonus)
             with state.amp():
-                out = state.trainee(ids, mask, head)
+                out = state.trainee(micro.ids, micro.mask, head)
             (out.loss * own).backward()
-            if not own:
-                continue
-            gap = ((out.logp if before is None else before) - take(batch.sampled_logp)).exp() - 1
-            sums = dict(tokens=mask.sum(), entropy=out.entropy.sum(), kl=out.kl.sum(),
-                        ratio_gap=gap.abs().sum(), clip_share=out.clipped.sum(), nll=-out.logp.sum())
-            for name, value in sums.items():
-                totals[name] += float(value)
+            gap = ((out.logp if on_policy else old_logp) - micro.sampled_logp[micro.mask]).exp() - 1
+            if own:
+                sums += torch.stack([micro.mask.sum(), out.entropy.sum(), out.kl.sum(), gap.abs().sum(),
+                                     out.clipped.sum(), -out.logp.sum()]).double().cpu()
         norms.append(optimizer_step(state, settings, lr))
-    totals = {name: sum(values) for name, values in zip(totals, zip(*gather(list(totals.values()))))}
-    tokens = totals.pop("tokens")  # of the rows that had a gradient; without any there is nothing to report
+    tokens, *sums = sum(gather(sums)).tolist()
+    # of the rows that had a gradient; without any there is nothing to report
+    metrics = {name: value / tokens if tokens else None
+               for name, value in zip(("entropy", "kl", "ratio_gap", "clip_share", "nll"), sums)}
+    if sft:
+        metrics["ratio_gap"] = None  # nobody sampled these tokens
+    else:
+        del metrics["nll"]
     finite = [norm for norm in norms if math.isfinite(norm)]
-    metrics = {name: value / tokens if tokens else None for name, value in totals.items()} | {
-        "grad_norm": mean(finite), "skipped_updates": len(norms) - len(finite)}
-    if settings.method == "sft":
-        return metrics | {"ratio_gap": None}  # nobody sampled these tokens
-    del metrics["nll"]
-    return metrics
+    return metrics | {"grad_norm": mean(finite), "skipped_updates": len(norms) - len(finite)}
 
 
-def distillation_head(state, settings, batch: Batch, rows, denominator, hidden, weight, tokens) -> HeadLoss:
+def distillation_head(state, settings, micro: Batch, denominator, hidden, weight, tokens) -> HeadLoss:
     """policy_head's place under --distill-kl full: reverse KL to the teacher over the vocabulary."""
-    teacher, temperature = batch.teacher, settings.temperature
     with torch.no_grad():
-        width = max(teacher.lengths[row] for row in rows)
-        hinted, _ = predictors(state.reference, teacher.ids[rows, :width], teacher.mask[rows, :width])
-        logp, entropy = token_logprob(hidden, weight, tokens, temperature)
-    loss = reverse_kl(hidden, weight, hinted, state.reference.get_output_embeddings().weight, temperature)
-    shares = batch.advantages[rows][batch.mask[rows]]
+        hinted, _ = predictors(state.reference, micro.teacher.ids, micro.teacher.mask)
+        logp, entropy = token_logprob(hidden, weight, tokens, settings.temperature)
+    loss = reverse_kl(hidden, weight, hinted, state.reference.get_output_embeddings().weight,
+                      settings.temperature)
     none = torch.zeros_like(logp)
-    return HeadLoss((loss * shares).sum() / denominator, logp, entropy, none, none)
+    return HeadLoss((loss * micro.advantages[micro.mask]).sum() / denominator, logp, entropy, none, none)
 
 
 @torch.no_grad()
-def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows=None, amp=None) -> torch.Tensor:
-    """(N,T) log-probs of the tokens of `rows` (default: all) under lm's present weights, zero elsewhere."""
+def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows, amp=None) -> torch.Tensor:
+    """(N,T) log-probs of the tokens of `rows` under lm's present weights, zero elsewhere."""
     out = torch.zeros_like(batch.sampled_logp)
-    for ids, mask, _, part in cut(batch, list(range(len(batch.lengths)) if rows is None else rows), settings):
-        values = torch.zeros(mask.shape, device=out.device)
-        values[mask] = logprobs(lm, ids, mask, settings.temperature, amp)[0]
-        out[part, :mask.shape[1]] = values
+    for part in microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group):
+        micro = batch.pick(part)
+        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature, amp)[0]
+        out[part, :micro.mask.shape[1]] = micro.sampled_logp
     return out
-
-
-def loss_temperature(settings: Settings) -> float:
-    """That of sampling, so that the sampled distribution is the trained one; SFT imitates at 1."""
-    return 1.0 if settings.method == "sft" else settings.temperature
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -727,6 +706,7 @@ class State:
     seen: dict = field(default_factory=dict)  # problem id -> solved by any trace so far
     bad_updates: int = 0  # skipped in a row
     phase: str = "loading"  # what runs, for error messages
+    entered: float = 0.0  # when it began, see enter()
     interrupts: "Interrupts" = field(default_factory=lambda: Interrupts())
     board: object = None  # --log tensorboard: its SummaryWriter
 
@@ -758,16 +738,15 @@ def load_state(settings: Settings, weights: str | None) -> State:
     """Check the data, then load the models: bad input must not cost a model's loading time."""
     device = own_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    bad_rows = dict(skip_bad_rows=settings.skip_bad_rows)
-    sees_solution = settings.method != "grpo" and settings.reference != "none"
-    train = problems_or_exit(settings.data, "train", need_solution=sees_solution, **bad_rows)
+    train = problems_or_exit(settings.data, "train", skip_bad_rows=settings.skip_bad_rows,
+                             need_solution=settings.method != "grpo" and settings.reference != "none")
     held_out = []
     if settings.eval_data:
-        held_out = problems_or_exit(settings.eval_data, "test", **bad_rows)[: settings.eval_limit]
+        held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     train = fit(policy, train, settings, "training")
-    held_out = fit(policy, held_out, settings, "held-out") if held_out else []
+    held_out = fit(policy, held_out[: settings.eval_limit], settings, "held-out")
     if not train:
         raise SystemExit("no training problem is left: raise --max-prompt-tokens or lower --max-new-tokens")
     policy.model.requires_grad_(True)
@@ -833,41 +812,41 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     state.phase = "saving"
     state.interrupts.defer()  # a signal waits for the save it asks for
     tmp = target.with_name(target.name + ".tmp")
-    weights, moments, files = {}, {}, {}
+    part = f"-{rank() + 1:05d}-of-{ranks():05d}.safetensors" if ranks() > 1 else ".safetensors"
+    weights, moments = {}, {}
     for i, (name, parameter) in enumerate(state.policy.model.named_parameters()):
-        owner = i % ranks()
-        own, files[name] = owner == rank(), part_name("model", owner)
         for key, value in {"": parameter, **state.optimizer.state[parameter]}.items():
             value = whole(value).detach()  # all take part in gathering it, one keeps it
-            if own:
+            if i % ranks() == rank():
                 (moments if key else weights)[f"{name}:{key}" if key else name] = value.contiguous()
+    files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
     with together():
         if rank() == 0:
             for torn in tmp.parent.glob("*.tmp"):
                 shutil.rmtree(torn)
             tmp.mkdir(parents=True)
     with together():
-        save_file(weights, tmp / part_name("model", rank()), {"format": "pt"})
-        save_file(moments, tmp / part_name("optimizer", rank()))
+        save_file(weights, tmp / ("model" + part), {"format": "pt"})
+        save_file(moments, tmp / ("optimizer" + part))
         if rank() == 0:
             state.policy.save_config(tmp)
-            if ranks() > 1:
-                index = {"metadata": {}, "weight_map": files}
-                (tmp / "model.safetensors.index.json").write_text(json.dumps(index))
+            if ranks() > 1:  # as Hugging Face names parts and finds them
+                (tmp / "model.safetensors.index.json").write_text(
+                    json.dumps({"metadata": {}, "weight_map": files}))
             (tmp / "trainer.json").write_text(json.dumps(
                 {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
     with together():
         if rank() == 0:
+            (tmp / "sha256.json").write_text(json.dumps({p.name: sha256(p) for p in sorted(tmp.iterdir())}))
             publish(tmp, target)
             for old in complete_checkpoints(run)[: -settings.keep]:
                 shutil.rmtree(old)
     state.interrupts.settle()
 
 
-def part_name(stem: str, owner: int) -> str:
-    """The file of the tensors that process `owner` writes, as Hugging Face names parts."""
-    part = f"-{owner + 1:05d}-of-{ranks():05d}" if ranks() > 1 else ""
-    return f"{stem}{part}.safetensors"
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def publish(tmp: Path, target: Path) -> None:
@@ -889,6 +868,13 @@ def complete_checkpoints(run: Path) -> list[Path]:
     """Oldest first. A folder has its final name only once it is complete."""
     found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises ValueError if a file of the checkpoint is not as it was written."""
+    for name, digest in json.loads((checkpoint / "sha256.json").read_text()).items():
+        if sha256(checkpoint / name) != digest:
+            raise ValueError(f"{name} is damaged")
 
 
 def restore(state: State, checkpoint: Path) -> None:
@@ -928,17 +914,9 @@ def fingerprint(problems: list[Problem]) -> str:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again, and a last line torn by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().split("\n"):  # not splitlines: U+2028 may stand inside a trace
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    write_atomically(path, "".join(kept))
+    """Drop the lines of steps that will be done again."""
+    if path.exists():
+        write_atomically(path, jsonl([r for r in read_jsonl(path) if r["step"] <= step]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1010,7 +988,7 @@ def together(state: "State | None" = None):
             state.interrupts.allow()
         yield
     except (Exception, SystemExit) as error:
-        said = str(error) if isinstance(error, (Stop, SystemExit)) else explain(error, state)
+        said = explain(error, state.phase if state else "loading")
     if state:
         state.interrupts.defer()
     said = [message for message in gather(said) if message is not None]
@@ -1018,12 +996,22 @@ def together(state: "State | None" = None):
         raise Stop(said[0])
 
 
-def explain(error: BaseException, state: "State | None") -> str:
-    phase = state.phase if state else "loading"
-    if out_of_memory(error):
+REMEDIES = {
+    "sampling": "lower --max-rows, --group or --max-new-tokens",
+    "evaluating": "lower --max-rows or --max-new-tokens",
+    "judging": "lower --max-rows, or take a smaller --judge",
+    "training": "lower --microbatch-tokens, or add --checkpoint-activations",
+}
+
+
+def explain(error: BaseException, phase: str = "loading") -> str:
+    """An error in a user's words; a traceback for one that nobody expected."""
+    if isinstance(error, (Stop, SystemExit)):
+        return str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
         return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
                 f"({str(error).splitlines()[0]})")
-    if isinstance(error, WRITING):
+    if isinstance(error, (OSError, SafetensorError)):
         return f"writing failed while {phase}: {error}\nmake room on the disk, or allow writing there"
     return f"process {rank()} failed while {phase}:\n{''.join(traceback.format_exception(error))}"
 
@@ -1108,13 +1096,13 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
     with together():
         for path in (metrics_file, rollouts_file) if rank() == 0 else ():
             keep_until(path, state.step)
-    evaluated = {m["step"] for m in read_jsonl(metrics_file) if "accuracy" not in m}
+    logged = read_jsonl(metrics_file)
+    evaluated = {m["step"] for m in logged if "accuracy" not in m}
+    history = [m for m in logged if "accuracy" in m]
     if settings.log == "tensorboard" and rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
         # what a killed run logged after its checkpoint is about to be done, and logged, again
         state.board = SummaryWriter(run / "tensorboard", purge_step=state.step + 1)
-    recent = deque(maxlen=20)  # seconds of the last steps
-    history = [m for m in read_jsonl(metrics_file) if "accuracy" in m]
     terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else, with `| tee log` too, plain lines
     with Interrupts() as state.interrupts, tqdm(
             total=settings.steps, initial=state.step, disable=not terminal, dynamic_ncols=True,
@@ -1136,8 +1124,8 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 log(state, metrics_file, metrics)
                 state.step += 1
                 state.interrupts.settle()
-                report(bar, metrics, records, settings, recent)
                 history.append(metrics)
+                report(bar, history, records, settings)
                 if gamed(history) and not gamed(history[:-1]):
                     bar.write(f"ALARM, step {state.step}: over the last 20 steps the judge's score rose "
                               "while accuracy fell. The policy may be gaming the judge: read its best-graded "
@@ -1161,9 +1149,8 @@ def check_judge(state: State, settings: Settings, bar) -> None:
     with together(state):
         if rank() == 0:
             problems = state.train[: settings.check_judge]
-            records = traces_of(state.policy, problems, 4,
-                                settings.max_new_tokens, settings.temperature, settings.seed,
-                                sampler=state.sampler)
+            records = traces_of(state.policy, problems, 4, settings.max_new_tokens, settings.temperature,
+                                settings.seed, sampler=state.sampler)
             word, reason = check(state.judge, problems, records, settings.seed)
             bar.write(f"judge, on {len(problems)} problems: {word}; {reason}" + (
                 "" if word == "usable" else "\n  WARNING: calibrate it with `python judge.py` before you "
@@ -1175,9 +1162,8 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     state.phase = "evaluating"
     # Always the same noise: before and after differ by the weights alone.
     places, start = share(len(state.held_out)), time.perf_counter()
-    with together(state), tqdm(total=len(places) * settings.eval_n, unit="trace", leave=False,
-                               disable=bar.disable,
-                               desc=f"evaluating, step {state.step}") as inner:
+    with together(state), tqdm(desc=f"evaluating, step {state.step}", total=len(places) * settings.eval_n,
+                               unit="trace", leave=False, disable=bar.disable) as inner:
         records = traces_of(state.policy, [state.held_out[place] for place in places], settings.eval_n,
                             settings.max_new_tokens, settings.temperature, settings.seed << 32,
                             progress=inner.update, places=places, sampler=state.sampler)
@@ -1206,13 +1192,13 @@ def log(state: State, path: Path, metrics: dict) -> None:
 SHOWN = dict(score=".3f", accuracy=".1%", nll=".3f", teacher_kl=".3f", length=".0f", unread=".0%")
 
 
-def report(bar, metrics: dict, records: list[dict], settings: Settings, recent: deque) -> None:
+def report(bar, history: list[dict], records: list[dict], settings: Settings) -> None:
     """The terminal: a live line, or without a terminal a plain line per step; and a trace now and then."""
-    recent.append(metrics["seconds"])
+    metrics = history[-1]
     facts = [f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items()
              if metrics.get(name) is not None]
     facts.append(f"{metrics['sample_tok_s'] or metrics['train_tok_s']:,.0f} tok/s")
-    left = (settings.steps - metrics["step"]) * sum(recent) / len(recent)  # evaluations come on top
+    left = (settings.steps - metrics["step"]) * mean(m["seconds"] for m in history[-20:])  # and evaluations
     line = "  ".join([duration(left) + " left"] * (left > 0) + facts)
     if bar.disable:
         print(f"step {metrics['step']}/{settings.steps}  {line}  {metrics['seconds']:.1f} s", flush=True)
@@ -1243,34 +1229,18 @@ def closing_table(run: Path, settings: Settings) -> str:
     return "\n".join(rows)
 
 
-class Clock:
-    """Seconds per phase of a step; names the phase for error messages."""
-
-    def __init__(self, state: "State", phase: str):
-        self.state, self.laps, self.start = state, {}, time.perf_counter()
-        self.last, state.phase = self.start, phase
-
-    def lap(self, following: str) -> None:
-        if self.state.device.startswith("cuda"):
-            torch.cuda.synchronize(self.state.device)
-        now = time.perf_counter()
-        self.laps[self.state.phase], self.last = max(now - self.last, 1e-9), now
-        self.state.phase = following
-
-    def total(self) -> float:
-        return time.perf_counter() - self.start
+def enter(state: "State", phase: str) -> float:
+    """Name what runs from here on, for error messages; returns the seconds of the phase before."""
+    if state.device.startswith("cuda"):
+        torch.cuda.synchronize(state.device)
+    now = time.perf_counter()
+    seconds, state.phase, state.entered = now - state.entered, phase, now
+    return max(seconds, 1e-9)
 
 
 def mean(values) -> float | None:
-    return float(np.mean([float(v) for v in values])) if len(values) else None
-
-
-def none_for_nan(values) -> list:
-    return [None if math.isnan(v) else v for v in values]  # JSON has no NaN
-
-
-def count_headings(text: str) -> int:
-    return len(HEADING.findall(text))
+    values = list(values)
+    return float(np.mean(values)) if values else None
 
 
 def peak_gb(device: str) -> float:
@@ -1281,7 +1251,8 @@ def peak_gb(device: str) -> float:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
+    """A line that no newline ends was torn by a kill, and is left out."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
 def append(path: Path, records: list[dict]) -> None:
@@ -1309,8 +1280,15 @@ memory is short while sampling or judging: lower --max-rows, then --max-new-toke
 """
 
 
-def parse(argv=None) -> tuple[Settings, Path | None]:
-    """Flags -> (settings, run folder to resume). Defaults < preset or resumed run's config < flags given."""
+CHOICES = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=("std", "mean"),
+               process_norm=("delta", "end", "step-mean"), step_view=("prefix", "segment"),
+               step_credit=("zero", "score"), reference=("right", "none", "wrong"),
+               distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
+               log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
+
+
+def command_line() -> argparse.ArgumentParser:
+    """A flag per line of Settings, the comment there is its help. What is not given is not in the result."""
     parser = argparse.ArgumentParser(usage="python exprl.py [flags]", epilog=EXAMPLES,
                                      description=__doc__[: __doc__.index("Departures")],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1320,29 +1298,28 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
                              "paper and paper-stage2 are the authors' hyperparameters")
     parser.add_argument("--resume", type=Path, metavar="RUN",
                         help="go on from the newest checkpoint of this run's folder, with its settings")
-    choices = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=("std", "mean"),
-                   process_norm=("delta", "end", "step-mean"), step_view=("prefix", "segment"),
-                   step_credit=("zero", "score"), reference=("right", "none", "wrong"),
-                   distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
-                   log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
-    fields = {f.name: f for f in dataclasses.fields(Settings)}
     source = Path(__file__).read_text().split("class Settings:")[1].split("\n\n\n")[0]
     for title, name, text in re.findall(r"^    (?:# (.+)|(\w+): [^#\n]+# (.+))$", source, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
             continue
-        default, flag = fields[name].default, "--" + name.replace("_", "-")
-        options = dict(help=text.replace("%", "%%"))
+        default = getattr(Settings, name)
+        several = isinstance(default, tuple)
         if default is False:
-            group.add_argument(flag, action="store_true", **options)
-            continue
-        value = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        options["help"] += f" (default: {value})" if value else ""
-        if isinstance(default, tuple):
-            options |= dict(nargs="+", type=int if name == "eval_k" else str)
+            options = dict(action="store_true")
         else:
-            options |= dict(type=type(default), choices=choices.get(name))
-        group.add_argument(flag, metavar=None if name in choices else name.split("_")[-1].upper(), **options)
+            options = dict(nargs="+" if several else None, choices=CHOICES.get(name),
+                           type=int if name == "eval_k" else str if several else type(default),
+                           metavar=None if name in CHOICES else name.split("_")[-1].upper())
+            shown = " ".join(map(str, default)) if several else str(default)
+            text += f" (default: {shown})" if shown else ""
+        group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+    return parser
+
+
+def parse(argv=None) -> tuple[Settings, Path | None]:
+    """Flags -> (settings, run folder to resume). Defaults < preset or resumed run's config < flags given."""
+    parser = command_line()
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -1351,62 +1328,53 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
             parser.error(f"--resume {resume}: no config.json there; name a run's folder")
         saved = json.loads((resume / "config.json").read_text())["settings"]
         base = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        moved = sorted(k for k in given if k in ("model", "data", "seed", "questions", "group", "out")
-                       and given[k] != base[k])
-        if moved:
-            parser.error(f"--resume continues the same run: --{moved[0].replace('_', '-')} cannot change")
+        for name in ("model", "data", "seed", "questions", "group", "out"):
+            if given.get(name, base[name]) != base[name]:
+                parser.error(f"--resume continues the same run: --{name} cannot change")
     else:
-        shown = preset
-        preset = preset or ("miniature" if "model" not in given else None)
-        chosen = PRESETS.get(preset, {"": {}})
-        method = given.get("method", chosen[""].get("method", Settings.method))
-        base = METHOD_DEFAULTS.get(method, {}) | chosen[""] | chosen.get(method, {})
-        if shown:
-            values = ", ".join(f"{name} {value}" for name, value in base.items())
-            print(f"preset {shown}, {method}: {values}", file=sys.stderr)
-        if preset == "miniature" and "data" in given and "eval_data" not in given:
-            base = {**base, "eval_data": ()}
-    settings = Settings(**{**base, **given})
+        named = preset or ("miniature" if "model" not in given else "")
+        values = PRESETS.get(named, {"": {}})
+        method = given.get("method", values[""].get("method", Settings.method))
+        base = METHOD_DEFAULTS.get(method, {}) | values[""] | values.get(method, {})
+        if preset:
+            shown = ", ".join(f"{name} {value}" for name, value in base.items())
+            print(f"preset {preset}, {method}: {shown}", file=sys.stderr)
+        if named == "miniature" and "data" in given:
+            base = base | {"eval_data": ()}
+    settings = Settings(**(base | given))
     if not settings.model:
         parser.error("--model is missing: this preset needs one")
-    if not settings.judge:
-        settings = replace(settings, judge=settings.model)
     if not settings.eval_data and settings.data == Settings.data:
         settings = replace(settings, eval_data=settings.data)  # the same data set's test split
-    problem = complaint(settings)
-    if problem:
-        parser.error(problem)
-    return settings, resume
+    for wrong, message in complaints(settings):
+        if wrong:
+            parser.error(message)
+    return replace(settings, judge=settings.judge or settings.model), resume
 
 
-def complaint(s: Settings) -> str:
-    """What is wrong with the settings, before any long work starts; "" if nothing is."""
-    for name in ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows",
-                 "eval_n", "keep"):
-        if getattr(s, name) < 1:
-            return f"--{name.replace('_', '-')} must be at least 1"
-    if s.temperature <= 0:
-        return "--temperature must be above 0: greedy traces of a problem are all the same"
-    if s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        return "--log tensorboard needs a package that is not installed: pip install tensorboard"
-    if s.group < 2:
-        return "--group must be at least 2: a trace is compared with the others of its problem"
-    if s.updates > 1 and s.method in ("sft", "distill"):
-        return f"--method {s.method} has no ratio to clip: --updates must be 1"
-    if s.updates * ranks() > s.questions:
-        return ("--questions must be at least --updates x processes: each process needs a problem of its own "
-                "in each update")
-    if ranks() > 1 and s.device not in ("auto", "cpu", "cuda"):
-        return "under torchrun each process takes the GPU of its number: leave --device out"
-    if s.judge_device.startswith("+") and not s.judge_device[1:].isdigit():
-        return "--judge-device +N needs a number: the judge's GPU is the Nth after the process's own"
-    if max(s.eval_k) > s.eval_n or min(s.eval_k) < 1:
-        return f"--eval-k must lie between 1 and --eval-n {s.eval_n}"
-    if (not s.lr > 0 or s.kl < 0 or not 0 <= s.clip_low <= 1 or s.clip_high < 0 or s.dual_clip <= 1
-            or s.grad_clip <= 0):
-        return ("need --lr > 0, --kl >= 0, 0 <= --clip-low <= 1, --clip-high >= 0, --dual-clip > 1, "
-                "--grad-clip > 0")
-    return ""
+def complaints(s: Settings) -> list[tuple[bool, str]]:
+    """What may be wrong with settings, before any long work starts: (is it so, message)."""
+    counts = ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows",
+              "eval_n", "keep")
+    return [(getattr(s, name) < 1, f"--{name.replace('_', '-')} must be at least 1") for name in counts] + [
+        (s.temperature <= 0, "--temperature must be above 0: greedy traces of a problem are all the same"),
+        (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
+         "--log tensorboard needs a package that is not installed: pip install tensorboard"),
+        (s.group < 2, "--group must be at least 2: a trace is compared with the others of its problem"),
+        (s.updates > 1 and s.method in ("sft", "distill"),
+         f"--method {s.method} has no ratio to clip: --updates must be 1"),
+        (s.updates * ranks() > s.questions,
+         "--questions must be at least --updates x processes: in each update each needs a problem"),
+        (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
+         "under torchrun each process takes the GPU of its number: leave --device out"),
+        (s.judge_device.startswith("+") and not s.judge_device[1:].isdigit(),
+         "--judge-device +N needs a number: the judge's GPU is the Nth after the process's own"),
+        (max(s.eval_k) > s.eval_n or min(s.eval_k) < 1,
+         f"--eval-k must lie between 1 and --eval-n {s.eval_n}"),
+        (not s.lr > 0 or s.kl < 0 or s.grad_clip <= 0, "need --lr > 0, --kl >= 0, --grad-clip > 0"),
+        (not 0 <= s.clip_low <= 1 or s.clip_high < 0 or s.dual_clip <= 1,
+         "need 0 <= --clip-low <= 1, --clip-high >= 0, --dual-clip > 1"),
+    ]
 
 
 def start_run(settings: Settings) -> tuple[Path, State]:
@@ -1426,22 +1394,23 @@ def start_run(settings: Settings) -> tuple[Path, State]:
 
 
 def resume_run(run: Path, settings: Settings) -> State:
-    config = json.loads((run / "config.json").read_text())
-    errors = []
-    for checkpoint in reversed(complete_checkpoints(run)):
+    """The state of the newest checkpoint that is as it was written."""
+    checkpoint, saved = None, complete_checkpoints(run)
+    for candidate in reversed(saved):
         try:
-            state = build_state(settings, str(checkpoint))
-            restore(state, checkpoint)
+            with together():
+                verify(candidate)
+            checkpoint = candidate
             break
-        except (Exception, SystemExit) as error:  # a damaged newest one must not hide an older good one
-            errors.append(f"{checkpoint}: {error}")
-            print(f"cannot use {errors[-1]}", file=sys.stderr)
-    else:
-        if errors:
-            raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new "
-                             "run, with the weights of one of them if they load: --model CHECKPOINT")
-        state = build_state(settings)  # stopped before its first checkpoint
-    if fingerprint(state.train) != config["train_fingerprint"]:
+        except (Stop, OSError, ValueError) as error:
+            print(f"cannot use {candidate}: {error}", file=sys.stderr)
+    if saved and not checkpoint:
+        raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new run, "
+                         "with the weights of one of them if they load: --model CHECKPOINT")
+    state = build_state(settings, checkpoint and str(checkpoint))
+    if checkpoint:
+        restore(state, checkpoint)
+    if fingerprint(state.train) != json.loads((run / "config.json").read_text())["train_fingerprint"]:
         raise SystemExit(f"the training data is not the one {run} was started with: "
                          "restore it, or start a new run")
     print(f"resuming {run} after step {state.step}")
@@ -1469,20 +1438,6 @@ def dry_run(settings: Settings) -> None:
     metrics, _ = train_step(state, forced, 1)
     print(f"measured{'' if state.device.startswith('cuda') else ', libraries included'}: "
           f"{metrics['peak_gb']:.2f} GB, {metrics['seconds']:.0f} s")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error))
-
-
-WRITING = (OSError, SafetensorError)
-REMEDIES = {
-    "sampling": "lower --max-rows, --group or --max-new-tokens",
-    "evaluating": "lower --max-rows or --max-new-tokens",
-    "judging": "lower --max-rows, or take a smaller --judge",
-    "training": "lower --microbatch-tokens, or add --checkpoint-activations",
-}
 
 
 def main(argv=None) -> None:
@@ -1513,9 +1468,7 @@ def main(argv=None) -> None:
         print(f"\n{stop}; {go_on}", file=sys.stderr)
         raise SystemExit(0 if str(stop).startswith("stopped by") else 1) from stop
     except Exception as error:
-        if not out_of_memory(error) and not isinstance(error, WRITING) and ranks() == 1:
-            raise
-        raise SystemExit(f"{explain(error, state)}\n{go_on}") from error
+        raise SystemExit(f"{explain(error, state.phase)}\n{go_on}") from error
     print(closing_table(run, settings))
     print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
     if settings.model == PRESETS["miniature"][""]["model"]:

@@ -2,15 +2,14 @@
 
     python experiments/endurance.py --out FOLDER        # 300 steps of the miniature, two runs, on one thread
 
-One run goes through. The other is killed again and again after a random time, by SIGKILL or SIGTERM, and
-resumed. Then weights, optimizer moments, metrics and traces of both are compared, bit for bit.
+One run goes through. Then another is killed at random steps, by SIGKILL or SIGTERM, and resumed each time. Then
+weights, optimizer moments, metrics and traces of both are compared, bit for bit.
 Writes results/endurance.csv, a line per step: the peak memory of each process (resident, libraries included)
 since it was started, how often the second run was killed until then; and results/endurance.svg from it.
 """
 
 import argparse
 import csv
-import json
 import os
 import random
 import signal
@@ -22,6 +21,10 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from exprl import read_jsonl  # noqa: E402
+
 RESULTS = ROOT / "experiments" / "results"
 FLAGS = """--questions 2 --group 4 --max-new-tokens 32 --save-every 20 --show-every 0 --device cpu
            --eval-every 100 --eval-limit 4 --eval-n 2 --eval-k 1 2""".split()
@@ -33,44 +36,31 @@ def start(*command) -> subprocess.Popen:
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def read(path: Path) -> list[dict]:
-    found = []
-    for line in path.read_text().split("\n") if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # empty, or torn by a kill
-            pass
-    return found
-
-
 def completed(run: Path) -> int:
-    return max((m["step"] for m in read(run / "metrics.jsonl") if "seconds" in m), default=0)
+    return max((m["step"] for m in read_jsonl(run / "metrics.jsonl") if "seconds" in m), default=0)
 
 
-def disturbed(run: Path, steps: int, pause: float, rng: random.Random) -> list[tuple[int, str]]:
-    """Kill and resume until the run ends by itself -> (last step logged, signal) of each kill."""
+def disturbed(run: Path, steps: int, count: int, rng: random.Random) -> list[tuple[int, str]]:
+    """Kill and resume at `count` random steps -> (last step logged, signal) of each kill."""
     kills = []
-    while True:
-        begun = (run / "config.json").exists()
-        flags = ["--resume", str(run)] if begun else [*FLAGS, "--steps", str(steps), "--out", str(run)]
-        process = start(*flags)
+    process = start(*FLAGS, "--steps", str(steps), "--out", str(run))
+    for step in sorted(rng.sample(range(1, steps), count)):
         before = completed(run)
-        while completed(run) == before and process.poll() is None:  # loading is not what is tested
-            time.sleep(0.5)
-        try:
-            process.wait(rng.uniform(0, pause))
-        except subprocess.TimeoutExpired:
-            number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-            process.send_signal(number)
-            process.wait()
-            if process.returncode not in (0, -signal.SIGKILL):
-                raise SystemExit(f"{number.name} ended the run with {process.returncode}")
-            kills.append((completed(run), number.name))
-            print(f"step {kills[-1][0]}: {number.name}", flush=True)
-        else:
-            if process.returncode:
-                raise SystemExit(f"a run ended with {process.returncode}; its message stands above")
-            return kills
+        while process.poll() is None and (completed(run) == before or completed(run) < step):
+            time.sleep(0.2)  # loading is not what is tested: wait for a step, or for one that is dropped
+        time.sleep(rng.uniform(0, 2))
+        if process.poll() is not None:
+            break
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        process.send_signal(number)
+        if process.wait() not in (0, -signal.SIGKILL):
+            raise SystemExit(f"{number.name} ended the run with {process.returncode}")
+        kills.append((completed(run), number.name))
+        print(f"step {kills[-1][0]}: {number.name}", flush=True)
+        process = start("--resume", str(run))
+    if process.wait():
+        raise SystemExit(f"a run ended with {process.returncode}; its message stands above")
+    return kills
 
 
 def differences(a: Path, b: Path, steps: int) -> list[str]:
@@ -81,7 +71,7 @@ def differences(a: Path, b: Path, steps: int) -> list[str]:
         found += [key for key in one.keys() | two.keys()
                   if key not in one or key not in two or one[key].tobytes() != two[key].tobytes()]
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        one, two = ([{k: v for k, v in line.items() if k not in VOLATILE} for line in read(run / name)]
+        one, two = ([{k: v for k, v in line.items() if k not in VOLATILE} for line in read_jsonl(run / name)]
                     for run in (a, b))
         found += [name] * (one != two)
     return found
@@ -106,7 +96,7 @@ def figure(rows: list[dict]) -> str:
 
 def report(whole: Path, killed: Path, steps: int, kills: list[tuple[int, str]], results: Path) -> None:
     """Table, figure and verdict of two finished runs; ends the program with 1 if they differ."""
-    memory = [{m["step"]: m["peak_gb"] for m in read(run / "metrics.jsonl") if "seconds" in m}
+    memory = [{m["step"]: m["peak_gb"] for m in read_jsonl(run / "metrics.jsonl") if "seconds" in m}
               for run in (whole, killed)]
     rows = [dict(step=step, whole_gb=round(memory[0][step], 4), killed_gb=round(memory[1][step], 4),
                  kills=sum(at < step for at, _ in kills)) for step in range(1, steps + 1)]
@@ -127,16 +117,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--pause", type=float, default=60, help="a kill comes within so many seconds")
+    parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, required=True, help="folder of the two runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     whole, killed = args.out / "whole", args.out / "killed"
-    process = start(*FLAGS, "--steps", str(args.steps), "--out", str(whole.resolve()))
-    kills = disturbed(killed.resolve(), args.steps, args.pause, random.Random(args.seed))
-    if process.wait():
-        raise SystemExit(f"the undisturbed run ended with {process.returncode}; its message stands above")
+    if start(*FLAGS, "--steps", str(args.steps), "--out", str(whole.resolve())).wait():
+        raise SystemExit("the undisturbed run failed; its message stands above")
+    kills = disturbed(killed.resolve(), args.steps, args.kills, random.Random(args.seed))
     report(whole, killed, args.steps, kills, args.results)
 
 

@@ -19,21 +19,14 @@ the derivatives come from autograd through `token_loss`, on one number per row: 
 that function, and on CUDA its twin in row_loss_kernel (or have torch_row_loss_ called there too).
 
 Left out: what token_logprob.py leaves out; a second backward through the same loss.
-
-    python kernels/policy_head.py [--rows N] [--csv FILE] [--chunk-mb MB]    # experiments/bench_head.py
 """
 
-import runpy
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-if __name__ == "__main__":  # as a program: the package around this file must be found
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from kernels.token_logprob import (
+from .token_logprob import (
     add_product_, block, checked, chunks, new_dweight, new_vector, on_triton, plain_token_logprob,
     product_dtype, torch_row_grads_, torch_row_stats, triton)  # fmt: skip
 
@@ -150,7 +143,7 @@ def torch_row_loss_(z, ids, advantages, old_logp, ref_logp, loss, logp, entropy,
 if triton is not None:
     import triton.language as tl
 
-    from kernels.token_logprob import read_row, write_row_grads
+    from .token_logprob import read_row, write_row_grads
 
     @triton.jit
     def clamp(x, low, high):
@@ -208,7 +201,7 @@ def triton_row_loss_(z, ids, advantages, old_logp, ref_logp, loss, logp, entropy
                               float(scale), *map(float, terms), BLOCK=block(V), num_warps=8)  # fmt: skip
 
 
-# ---- check; experiments/bench_head.py has the benchmark ----------------------------------------------------
+# ---- for tests and experiments/bench_head.py, which checks and times this ----------------------------------
 
 
 def plain_policy_head(hidden, weight, ids, advantages, old_logp=None, ref_logp=None, *, temperature=1.0,
@@ -232,21 +225,3 @@ def random_case(N, d, V, seed=0, dtype=torch.float32):
     advantages, ratio = pick(-2.0, -0.5, 0.0, 1.0, 1.5), pick(0.3, 0.9, 1.0, 1.2, 2.0, 5.0)
     old_logp = (logp - ratio.log()).float()
     return hidden, weight, ids, advantages, old_logp, (logp + pick(-1.5, -0.2, 0.0, 0.7, 4.0)).float()
-
-
-def check_head(device):
-    """Loss, metrics and float32 gradients on ragged shapes, against float64: within 1e-4 of the largest."""
-    for N, d, V in ((1, 8, 5), (300, 48, 1003), (70, 64, 20011)):
-        results = []
-        for function, dtype in ((plain_policy_head, torch.float64), (policy_head, torch.float32)):
-            h, w, ids, *rest = (x.to(device) for x in random_case(N, d, V))
-            h, w = (x.to(dtype).requires_grad_() for x in (h, w))
-            out = function(h, w, ids, *(x.to(dtype) for x in rest), denominator=N, kl=0.1, entropy_weight=0.1)
-            out.loss.backward()
-            results.append([x.detach().double() for x in (*out, h.grad, w.grad)])
-        for want, got in zip(*results):
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()) + 1e-6)
-
-
-if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "bench_head.py"), run_name="__main__")

@@ -72,23 +72,33 @@ def test_vanished_data_is_named_and_blamed_on_no_checkpoint(world, tmp_path, cap
     home, run = world
     moved = (home / "train.jsonl").rename(tmp_path / "elsewhere.jsonl")
     try:
-        with pytest.raises(SystemExit, match="repair that"):
+        with pytest.raises(SystemExit, match="train.jsonl"):
             resume(run)
-        assert "train.jsonl" in capsys.readouterr().err
+        assert "cannot use" not in capsys.readouterr().err
     finally:
         moved.rename(home / "train.jsonl")
     assert resume(run).step == 4
 
 
-@pytest.mark.parametrize("damage", ["weights cut", "moments cut", "weights gone", "state empty", "tokenizer gone"])
+@pytest.mark.parametrize("damage", ["weights cut", "moments cut", "weights gone", "state empty", "tokenizer gone",
+                                    "weights flipped", "moments flipped", "sums gone"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_path, capsys, damage):
     run = copy(world, tmp_path)
     newest = run / "checkpoints/step_4"
     name = {"weights": "model.safetensors", "moments": "optimizer.safetensors", "state": "trainer.json",
-            "tokenizer": "tokenizer.json"}[damage.split()[0]]
+            "tokenizer": "tokenizer.json", "sums": "sha256.json"}[damage.split()[0]]
+    content = bytearray((newest / name).read_bytes())
     if damage.endswith("gone"):
         (newest / name).unlink()
+    elif damage.endswith("flipped"):
+        content[-9] ^= 1
+        (newest / name).write_bytes(content)
     else:
-        content = (newest / name).read_bytes()
         (newest / name).write_bytes(content[: len(content) // 2 * ("cut" in damage)])
     assert resume(run).step == 2 and "cannot use" in capsys.readouterr().err
+
+
+def test_a_line_torn_within_a_letter_is_left_out(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes('{"step": 1, "text": "ü\u2028"}\n{"step": 2, "text": "ü'.encode()[:-1])
+    assert exprl.read_jsonl(path) == [{"step": 1, "text": "ü\u2028"}]
