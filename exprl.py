@@ -10,7 +10,9 @@
     problems -> prompt ids -> rollouts -> grades -> token advantages -> loss -> update
 
 The policy sees the question only, the judge question, reference and trace. `train_step` is the table of
-contents; each method is one function that turns traces into token advantages (section "Methods").
+contents; each method is one function that turns traces into token advantages (section "Methods"). The method
+is in the sections "One step", "Methods" and "Loss and update"; what follows them keeps a run going: models and
+checkpoints, several processes, the loop with its logs, the command line.
 
 Departures from the paper's released code, one a line:
 - the judge reads an expected grade over five digit tokens by default, not the digit of a generated reply
@@ -20,7 +22,7 @@ Departures from the paper's released code, one a line:
 - a trace is cut off if it has no end token, not if it has a certain length
 - Process: a heading opens its own step; EndNorm and GroupNorm as in the paper's equations, not as coded
 - SFT keeps the system prompt; self-distillation takes the sampler's log-probs, so the student needs one pass
-Left out: asynchronous sampling, tensor parallelism.
+Left out: asynchronous sampling, tensor parallelism, LoRA, value models, tools and several turns.
 """
 
 import argparse
@@ -872,9 +874,10 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def verify(checkpoint: Path) -> None:
     """Raises ValueError if a file of the checkpoint is not as it was written."""
-    for name, digest in json.loads((checkpoint / "sha256.json").read_text()).items():
-        if sha256(checkpoint / name) != digest:
-            raise ValueError(f"{name} is damaged")
+    sums = checkpoint / "sha256.json"
+    for name, digest in (json.loads(sums.read_text()) if sums.exists() else {sums.name: ""}).items():
+        if not (checkpoint / name).exists() or sha256(checkpoint / name) != digest:
+            raise ValueError(f"{name} is damaged or missing")
 
 
 def restore(state: State, checkpoint: Path) -> None:
@@ -1402,7 +1405,7 @@ def resume_run(run: Path, settings: Settings) -> State:
                 verify(candidate)
             checkpoint = candidate
             break
-        except (Stop, OSError, ValueError) as error:
+        except (Stop, ValueError) as error:
             print(f"cannot use {candidate}: {error}", file=sys.stderr)
     if saved and not checkpoint:
         raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new run, "

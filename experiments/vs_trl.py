@@ -4,7 +4,7 @@
     python experiments/vs_trl.py --model SmolLM2-135M-Instruct --data gsm8k_train.jsonl --out FILE.csv
 
 The job: 8 problems x 8 traces of at most 128 tokens a step, sampling included; float32 master weights,
-bfloat16 compute; GRPO with the same reward function (the share of digits in a trace: it differs within every
+compute in --dtype; GRPO with the same reward function (the share of digits in a trace: it differs within every
 group, so that no row can be skipped), one update, no KL, AdamW. Both get the same prompts and about the same
 number of traces per micro-batch. What TRL offers for speed here is on: no activation checkpointing (its default
 is on: less memory, slower; `--ways trl-default` takes it), fused AdamW, its fused head. `trl-bf16` also holds
@@ -72,7 +72,7 @@ def settings_of(args) -> exprl.Settings:
     flags = dict(method="digits", model=args.model, data=args.data, questions=args.questions,
                  group=args.group, steps=args.steps, max_new_tokens=args.tokens, temperature=TEMPERATURE,
                  lr=LR, kl=0, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, overlong="judge", device=args.device,
-                 dtype="bfloat16", microbatch_tokens=args.microbatch * (args.tokens + args.prompt),
+                 dtype=args.dtype, microbatch_tokens=args.microbatch * (args.tokens + args.prompt),
                  seed=args.seed)
     return exprl.parse([x for name, value in flags.items()
                         for x in ("--" + name.replace("_", "-"), str(value))])[0]
@@ -106,7 +106,8 @@ def run_trl(args) -> None:
         gradient_accumulation_steps=rows // args.microbatch, num_generations=args.group,
         max_completion_length=args.tokens, temperature=TEMPERATURE, beta=0.0, num_iterations=1,
         loss_type="bnpo", epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH, learning_rate=LR, weight_decay=0.01,
-        lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused", bf16=True,
+        lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused",
+        bf16=args.dtype == "bfloat16",
         gradient_checkpointing=args.way == "trl-default", disable_dropout=True, shuffle_dataset=False,
         use_cpu=not cuda, dataloader_pin_memory=cuda, seed=args.seed, report_to="none", save_strategy="no",
         logging_steps=1, disable_tqdm=True,
@@ -151,6 +152,8 @@ def main():
     parser.add_argument("--microbatch", type=int, default=8, help="traces per forward and backward pass")
     parser.add_argument("--prompt", type=int, default=128, help="expected prompt tokens, for exprl's budget")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of both's passes; "
+                        "float32 on a CPU without bfloat16 instructions, where it is faster for both")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="append a line per step to this file")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # a run of its own
@@ -159,7 +162,8 @@ def main():
         return run_exprl(args) if args.way == "exprl" else run_trl(args)
     about = dict(
         machine=torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
-        threads=torch.get_num_threads(), microbatch=args.microbatch, date=str(datetime.date.today()),
+        threads=torch.get_num_threads(), dtype=args.dtype, questions=args.questions, group=args.group,
+        max_tokens=args.tokens, microbatch=args.microbatch, date=str(datetime.date.today()),
         versions=" ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers", "trl")
                           if importlib.util.find_spec(p)))
     lines = []
