@@ -47,6 +47,11 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
+# A CPU's products keep what they compiled for each shape, 1,024 shapes if nobody bounds them, and every step
+# brings new ones: memory would grow for hundreds of steps. Read when torch is loaded.
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "64")
+
 import numpy as np
 import torch
 import torch.distributed as dist
