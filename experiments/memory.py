@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernels.token_logprob import CHUNK_BYTES  # noqa: E402
+from kernels.token_logprob import CHUNK_BYTES, product_dtype  # noqa: E402
 from sample import head_size  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402  behind sample: see the note there
 
@@ -58,7 +58,10 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     else:
         activations = layers * layer + layer // 2
     tokens = rows_at_once * settings.max_new_tokens
-    head = min(CHUNK_BYTES[device], tokens * V * b) + V * d * (4 + (b if low else 0)) + 2 * tokens * d * b
+    # a CPU without bfloat16 instructions takes the head's products in float32: no rounded copy of its weights
+    product = dtype if device == "cuda" else product_dtype(torch.empty(0, dtype=dtype))
+    head = min(CHUNK_BYTES[device], tokens * V * product.itemsize)
+    head += V * d * (4 + (b if product != torch.float32 else 0)) + 2 * tokens * d * b
     # autocast keeps low-precision weights for the backward; FSDP gathers embedding, head, a layer at a time
     gathered = 0
     if ranks > 1:
