@@ -15,7 +15,7 @@ is in the sections "One step", "Methods" and "Loss and update"; what follows the
 checkpoints, several processes, the loop with its logs, the command line.
 
 Departures from the paper's released code, one a line:
-- the judge reads an expected grade over five digit tokens by default, not the digit of a generated reply
+- the judge writes no reply by default: an expected grade over five digit tokens, or a small one a likelihood
 - an unread grade removes its trace from loss, KL and group statistics; it never counts as the worst grade
 - the loss is the mean over all sampled tokens of an optimizer update, however it is split into micro-batches
 - one optimizer update per step by default (ratio 1, no pass for old log-probs); `--updates` for more
