@@ -630,12 +630,12 @@ class Sampler:
 
     def grow(self, cache: Cache, rows: Rows, waiting: deque[Work]) -> None:
         """Rows whose last page is full take another. When pages run short, the prompt whose traces wait gives
-        its own back, then the youngest row is paused; the oldest always fits, see fitting_pages()."""
+        its own back, then the youngest row is paused; the oldest always fits, see make_cache()."""
         def growing():
-            lengths = rows.state[:, LENGTH].tolist()
-            return [row for row, t in enumerate(rows.traces) if lengths[row] == PAGE * len(t.pages)]
+            ends = np.flatnonzero(rows.state[:, LENGTH] % PAGE == 0).tolist()  # of a page: few rows a step
+            return [row for row in ends if rows.state[row, LENGTH] == PAGE * len(rows.traces[row].pages)]
 
-        while len(growing()) > len(cache.free):
+        while len(full := growing()) > len(cache.free):
             if waiting and waiting[0].pages:
                 work = waiting[0]
             else:
@@ -646,7 +646,7 @@ class Sampler:
                 self.pauses += 1
             cache.drop(work.pages)
             work.pages = []
-        for row in growing():
+        for row in full:
             rows.traces[row].pages += cache.take(1)
             rows.address(row)
 
