@@ -117,12 +117,13 @@ def prefix_grades(judge, problems, traces, steps=6):
     return judge.grade(problems, cut, "prefix")
 
 
-def judging(policy, lm, problems, rounds, reply):
-    """8 traces a problem by the policy, at most `reply` tokens long, and 6 prefixes of each."""
-    rollouts = Sampler(policy.model).sample([policy.chat(p.question) for p in problems], 8, reply, 0.8)
+def judging(policy, lm, problems, rounds, tokens):
+    """8 traces a problem by the policy, at most `tokens` long, and 6 prefixes of each. `generate` replies as
+    the readout of that name does: until every row has ended, at most the judge's default of tokens."""
+    rollouts = Sampler(policy.model).sample([policy.chat(p.question) for p in problems], 8, tokens, 0.8)
     texts, group = [policy.text(r.token_ids) for r in rollouts], [p for p in problems for _ in range(8)]
     judge = Judge(lm.model, lm.tokenizer, readout="expected")
-    free = Judge(lm.model, lm.tokenizer, readout="generate", reply_tokens=reply)
+    free = Judge(lm.model, lm.tokenizer, readout="generate")
     asked = [whole_prompt(free, p, t) for p, t in zip(group, texts)]
     best = race({
         "sample.py, shared pages": lambda: [v.grades[0] for v in judge.grade(group, texts)],
@@ -131,8 +132,8 @@ def judging(policy, lm, problems, rounds, reply):
     gap = max(abs(a - b) for a, b in zip(best["sample.py, shared pages"][0],
                                          best["each prompt alone, padded batches"][0]))
     print(f"  largest difference of a grade between shared pages and alone: {gap:.2g}")
-    best |= race({f"transformers generate, at most {reply} tokens":
-                  lambda: generate(lm.model, asked, 1, reply, 0.0)}, 1)
+    best |= race({f"transformers generate, at most {free.reply_tokens} tokens":
+                  lambda: generate(lm.model, asked, 1, free.reply_tokens, 0.0)}, 1)
     for label, (_, wall, cpu) in best.items():
         yield dict(what="judging", by=label, rows=len(texts), tokens="", useful=len(texts), wall=wall,
                    cpu=cpu)

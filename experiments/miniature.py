@@ -3,6 +3,7 @@
     python experiments/miniature.py --quick    # one seed, few steps, no search for rates (make compare-quick)
     python experiments/miniature.py            # three seeds, each method at its best rate: an hour or two
     python experiments/miniature.py --methods process-end outcome-noise-0.2    # ablations: see METHODS
+    python experiments/miniature.py --deeper --splits deep eval --out runs/deeper    # hardly ever right at first
 
 Stage I takes the same number of traces for every method (SFT: as many references); METHOD-timed takes the
 number of steps that costs as many CPU seconds as Outcome's run. Stage II is sparse GRPO, the same for all.
@@ -40,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from exprl import read_jsonl  # noqa: E402
 from sample import load_lm, write_atomically  # noqa: E402
 from data import bootstrap_interval, load_problems, pass_at_k  # noqa: E402
-from data.miniature import FOLDER, some_trace, worked  # noqa: E402
+from data.miniature import DEEP, FOLDER, make_problem, some_trace, worked  # noqa: E402
 from judge import Judge, calibrate  # noqa: E402
 
 METHODS = {  # name -> what differs from `python exprl.py`
@@ -95,6 +96,8 @@ def train(args, name: str, flags: list, seed: int, lr: float, steps: int) -> Pat
     if not (run / "cpu_seconds").exists():
         shutil.rmtree(run, ignore_errors=True)
         flags = [noisy_judge(args, float(f[6:])) if f.startswith("noise-") else f for f in map(str, flags)]
+        if args.deeper:
+            flags += ["--data", args.out / "problems" / "train.jsonl"]
         questions = args.questions * (8 if "sft" in flags else 1)  # references, as many as others' traces
         seconds = job(args.out / "logs" / f"{name}.log", "exprl.py", "--preset", "miniature", *flags,
                       "--seed", seed, "--lr", lr, "--steps", steps, "--questions", questions,
@@ -123,6 +126,22 @@ def noisy_judge(args, noise: float) -> Path:
             (folder.with_suffix(".tmp") / "auroc").write_text(f"{found['auroc']:.3f}\n")
             folder.with_suffix(".tmp").rename(folder)
     return folder
+
+
+def write_problems(args) -> None:
+    """OUT/problems/: the first --problems of each split that is measured; with --deeper new ones to train and
+    to tune on, none of which is in a shipped split."""
+    folder = args.out / "problems"
+    for split in {"dev", *args.splits}:
+        lines = (FOLDER / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        write_atomically(folder / f"{split}.jsonl", "".join(lines[: args.problems]))
+    if args.deeper:
+        rng, taken = random.Random("deeper"), {p.question for p in load_problems(str(FOLDER / "deep.jsonl"))}
+        rows = {row.question: row for row in (make_problem(rng, DEEP) for _ in range(2000))
+                if row.question not in taken}
+        lines = [json.dumps(row._asdict()) + "\n" for row in rows.values()]
+        write_atomically(folder / "train.jsonl", "".join(lines[:1000]))
+        write_atomically(folder / "dev.jsonl", "".join(lines[1000 : 1000 + args.problems]))
 
 
 def cpu_seconds(run: Path) -> float:
@@ -213,6 +232,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=64, help="of each split, 16 traces each")
     parser.add_argument("--splits", nargs="+", default=["eval", "deep"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
+    parser.add_argument("--deeper", action="store_true", help="train and tune at the depth of `deep`")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "comparison")
     if parser.parse_args().quick:
@@ -223,15 +243,13 @@ def main() -> None:
     for folder in ("runs", "evaluations", "judges", "logs", "problems"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(args, name) for name in ("steps", "steps2", "questions", "problems")
-             if getattr(args, name)}
+             if getattr(args, name)} | {"deeper": args.deeper}
     config = args.out / "config.json"
     kept = json.loads(config.read_text()) if config.exists() else {}
     if kept | sizes != sizes | kept:
         raise SystemExit(f"{args.out} is of other sizes ({config.read_text()}): take another --out")
     write_atomically(config, json.dumps(kept | sizes))
-    for split in {"dev", *args.splits}:
-        lines = (FOLDER / f"{split}.jsonl").read_text().splitlines(keepends=True)
-        write_atomically(args.out / "problems" / f"{split}.jsonl", "".join(lines[:args.problems]))
+    write_problems(args)
 
     families = {name.split("-")[0] for name in args.methods}
     families |= {"outcome" for name in args.methods if name.endswith("-timed")}

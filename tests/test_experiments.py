@@ -46,6 +46,8 @@ def programs(monkeypatch):
         flag = {a: b for a, b in zip(flags, flags[1:])}
         started.append(log.stem)
         if program == "exprl.py":
+            deeper = (flag["--out"].parents[1] / "problems" / "train.jsonl").exists()
+            assert ("--data" in flag) == deeper
             (flag["--out"] / "model").mkdir(parents=True)
             (flag["--out"] / "checkpoints").mkdir()
             step = dict.fromkeys(("accuracy", "unsolved", "entropy", "length", "headings"), 0.5)
@@ -94,6 +96,18 @@ def test_what_cannot_go_on_says_so(tmp_path, programs):
         programs(tmp_path, "--methods", "base", "--steps", 3)
     with pytest.raises(SystemExit, match="run those first"):
         programs(tmp_path, "--methods", "grpo-timed", "--seeds", 1)
+
+
+def test_deeper_problems_are_new_and_as_long_as_those_of_deep(tmp_path, programs):
+    programs(tmp_path, "--methods", "grpo", "--lr", "4e-4", "--deeper")
+    found = {split: load_problems(str(tmp_path / "problems" / f"{split}.jsonl")) for split in ("train", "dev")}
+    assert [len(found[split]) for split in ("train", "dev")] == [1000, 2]
+    questions = [p.question for problems in found.values() for p in problems]
+    shipped = load_problems(str(comparison.FOLDER / "deep.jsonl"))
+    assert len({*questions, *(p.question for p in shipped)}) == len(questions) + len(shipped)
+    assert {q.count(":") for q in questions} == {p.question.count(":") for p in shipped} == {13}
+    with pytest.raises(SystemExit, match="other sizes"):
+        programs(tmp_path, "--methods", "grpo", "--lr", "4e-4")
 
 
 def test_timed_takes_the_steps_of_outcomes_seconds(tmp_path, programs):
