@@ -3,7 +3,7 @@
     python experiments/miniature.py --quick    # one seed, few steps, no search for rates (make compare-quick)
     python experiments/miniature.py            # three seeds, each method at its best rate: an hour or two
     python experiments/miniature.py --methods process-end outcome-noise-0.2    # ablations: see METHODS
-    python experiments/miniature.py --deeper --splits deep eval --out runs/deeper    # hardly ever right at first
+    python experiments/miniature.py --deeper --splits deep eval --out runs/deeper    # seldom right at first
 
 Stage I takes the same number of traces for every method (SFT: as many references); METHOD-timed takes the
 number of steps that costs as many CPU seconds as Outcome's run. Stage II is sparse GRPO, the same for all.

@@ -100,9 +100,9 @@ def test_what_cannot_go_on_says_so(tmp_path, programs):
 
 def test_deeper_problems_are_new_and_as_long_as_those_of_deep(tmp_path, programs):
     programs(tmp_path, "--methods", "grpo", "--lr", "4e-4", "--deeper")
-    found = {split: load_problems(str(tmp_path / "problems" / f"{split}.jsonl")) for split in ("train", "dev")}
-    assert [len(found[split]) for split in ("train", "dev")] == [1000, 2]
-    questions = [p.question for problems in found.values() for p in problems]
+    train, dev = (load_problems(str(tmp_path / "problems" / f"{split}.jsonl")) for split in ("train", "dev"))
+    assert (len(train), len(dev)) == (1000, 2)
+    questions = [p.question for p in train + dev]
     shipped = load_problems(str(comparison.FOLDER / "deep.jsonl"))
     assert len({*questions, *(p.question for p in shipped)}) == len(questions) + len(shipped)
     assert {q.count(":") for q in questions} == {p.question.count(":") for p in shipped} == {13}
