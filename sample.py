@@ -33,7 +33,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ if _ours is not None:
 from data import Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
 from kernels import choose_token, paged_attention, plan_pages, token_logprob  # noqa: E402
 from kernels.choose_token import triton, triton_choose  # noqa: E402
+from kernels.token_logprob import product_dtype  # noqa: E402
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would tear ours
 
@@ -279,26 +280,28 @@ if PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 class Linear:
     """Linear layers that read the same input, side by side: x W^T + b, then "swish", or "add" or "mul" with
-    another tensor.
+    another tensor. dtype: of the products, see Network.
 
     On an x86 CPU the weights are a copy in oneDNN's own layout, 1.2 (64 rows, bfloat16) to 1.7 times (16)
     faster, and what follows the product is done before the result is rounded."""
 
-    def __init__(self, *modules):
+    def __init__(self, dtype: torch.dtype, *modules):
         self.modules, weight = modules, modules[0].weight
         self.packed = (weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-                       and weight.dtype in PACKS and all(type(m) is torch.nn.Linear for m in modules))
+                       and dtype in PACKS and all(type(m) is torch.nn.Linear for m in modules))
         if self.packed:
-            weight = torch.cat([m.weight.detach() for m in modules]) if modules[1:] else weight.detach()
+            weight = (torch.cat([m.weight for m in modules]) if modules[1:] else weight).detach().to(dtype)
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 64)  # for some 64 rows
-            self.bias = None if modules[0].bias is None else torch.cat([m.bias.detach() for m in modules])
+            biases = [m.bias.detach().to(dtype) for m in modules if m.bias is not None]
+            self.bias = torch.cat(biases) if biases else None
 
     def __call__(self, x, then="none", other=None):
         if self.packed and other is None:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, then, [], "")
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, then)
-        y = self.modules[0](x) if len(self.modules) == 1 else torch.cat([m(x) for m in self.modules], -1)
+        y = [m(x.to(m.weight.dtype)) for m in self.modules]
+        y = (torch.cat(y, -1) if y[1:] else y[0]).to(x.dtype)
         if other is None:
             return F.silu(y) if then == "swish" else y
         return y.add_(other) if then == "add" else y.mul_(other)
@@ -307,26 +310,28 @@ class Linear:
 class Network:
     """The decoder of the covered families over the modules of a transformers model: embedding, layers, norm.
 
-    The same as transformers' own forward in fewer and larger operations. Made anew for each call of the
-    sampler, since weights change in place (0.2 s for 135M weights in bfloat16)."""
+    The same as transformers' own forward in fewer and larger operations. It computes in the model's dtype,
+    but bfloat16 in float32 on a CPU that has no instructions for it (see network_dtype). Made anew for each
+    call of the sampler, since weights change in place (0.2 s for 135M weights in bfloat16)."""
 
     def __init__(self, model):
-        self.base, config = model.base_model, model.config
+        self.base, config, self.dtype = model.base_model, model.config, network_dtype(model)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.layers = [(layer, Linear(a.q_proj, a.k_proj, a.v_proj), Linear(a.o_proj), Linear(m.gate_proj),
-                        Linear(m.up_proj), Linear(m.down_proj))
+        linear = partial(Linear, self.dtype)
+        self.layers = [(layer, linear(a.q_proj, a.k_proj, a.v_proj), linear(a.o_proj), linear(m.gate_proj),
+                        linear(m.up_proj), linear(m.down_proj))
                        for layer in self.base.layers for a, m in [(layer.self_attn, layer.mlp)]]
         self.output = model.get_output_embeddings()
 
     @cached_property
     def head(self) -> Linear:
-        return Linear(self.output)
+        return Linear(self.dtype, self.output)
 
     def __call__(self, ids, positions, kv):
         """ids, positions (T,): tokens of any rows -> hidden states (T,d).
 
         kv.attend(layer, query (T,H,D), key, value (T,KVH,D)) -> (T,H,D) stores keys and values."""
-        x, H = self.base.embed_tokens(ids), self.heads
+        x, H = self.base.embed_tokens(ids).to(self.dtype), self.heads
         # the angles in float32: transformers rounds them to the model's type
         cos, sin = (t[0, :, None] for t in self.base.rotary_emb(x[:1].float(), positions[None]))
         for i, (layer, qkv, out, gate, up, down) in enumerate(self.layers):
@@ -343,8 +348,13 @@ class Network:
         return rms_norm(self.base.norm, x)
 
 
+def network_dtype(model) -> torch.dtype:
+    """Of products, activations, keys and values."""
+    return product_dtype(model.get_output_embeddings().weight)
+
+
 def rms_norm(module, x):
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+    return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
 
 
 def rotate(x, cos, sin):
@@ -789,7 +799,7 @@ class Sampler:
         weight = weight[torch.tensor(token_ids, device=weight.device)]
 
         def store(hidden, rows):
-            out[rows] = (hidden @ weight.T).float().cpu()
+            out[rows] = (hidden @ weight.T.to(hidden.dtype)).float().cpu()
 
         return store
 
@@ -857,7 +867,8 @@ class Sampler:
         """At most `wanted` pages, as memory lasts; refuses here what could never fit."""
         model, config = self.model, self.model.config
         shape = [config.num_hidden_layers, 2, 1, config.num_key_value_heads, PAGE, head_size(config)]
-        page = math.prod(shape) * model.dtype.itemsize
+        dtype = network_dtype(model)
+        page = math.prod(shape) * dtype.itemsize
         if self.cache_gb is not None:
             budget = self.cache_gb * 2**30
         elif model.device.type == "cuda":
@@ -870,7 +881,7 @@ class Sampler:
                 f"one trace of {longest * PAGE} tokens needs {least / 2**30:.3g} GB of cache, "
                 f"{budget / 2**30:.3g} GB are there: lower --max-new-tokens or raise --cache-gb")
         shape[2] = min(wanted, int(budget // page))
-        return Cache(torch.empty(shape, dtype=model.dtype, device=model.device))
+        return Cache(torch.empty(shape, dtype=dtype, device=model.device))
 
     def check(self, prompts, n, temperature, needed) -> None:
         """needed: tokens of each prompt with all that is to follow it."""

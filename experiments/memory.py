@@ -37,10 +37,13 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     start = settings.kl > 0 or settings.method == "distill" or (judged and judge is None)
     length = prompt + settings.max_new_tokens
 
+    # A CPU without bfloat16 instructions samples, and takes the head's products, in float32.
+    product = dtype if device == "cuda" else product_dtype(torch.empty(0, dtype=dtype))
+
     # sampling: rows in pages, a prompt's shared by its traces, and a step's logits
     traces = settings.questions * settings.group // ranks
     rows = min(settings.max_rows, traces)
-    cache = 2 * layers * kv * b * (rows * settings.max_new_tokens + -(-rows // settings.group) * prompt)
+    cache = 2 * layers * kv * product.itemsize * (rows * settings.max_new_tokens + -(-rows // settings.group) * prompt)
     if device == "cpu":
         cache = min(cache, 4 * 2**30)
 
@@ -58,8 +61,6 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     else:
         activations = layers * layer + layer // 2
     tokens = rows_at_once * settings.max_new_tokens
-    # a CPU without bfloat16 instructions takes the head's products in float32: no rounded copy of its weights
-    product = dtype if device == "cuda" else product_dtype(torch.empty(0, dtype=dtype))
     head = min(CHUNK_BYTES[device], tokens * V * product.itemsize)
     head += V * d * (4 + (b if product != torch.float32 else 0)) + 2 * tokens * d * b
     # autocast keeps low-precision weights for the backward; FSDP gathers embedding, head, a layer at a time
@@ -73,7 +74,7 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
         "sampling copy": b * P if low or ranks > 1 else 0,
         "frozen start": b * P if start else 0,
         "judge": b * parameters(judge) if judge else 0,
-        "cache, logits": cache + rows * V * (b + 4),
+        "cache, logits": cache + rows * V * (product.itemsize + 4),
         "activations": activations + gathered,
         "head": head,
     }
