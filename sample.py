@@ -273,9 +273,7 @@ def head_size(config) -> int:
 # One forward pass, for prefill and decode
 
 
-PACKS = {torch.float32} if platform.machine() in ("x86_64", "AMD64") else set()
-if PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    PACKS.add(torch.bfloat16)
+PACKS = {torch.float32, torch.bfloat16} if platform.machine() in ("x86_64", "AMD64") else set()
 
 
 class Linear:
