@@ -322,7 +322,7 @@ def report(args) -> None:
 
 def table(rows: list[dict], stage: str, splits: list[str]) -> str:
     """In the form of the paper's Tables 1 and 2, in percent: means over seeds, in brackets the lowest and the
-    highest; then pass@1 minus sparse GRPO's, with its 95% interval over problems (means over seeds)."""
+    highest; then pass@1 minus sparse GRPO's of the same seeds, with its 95% interval over problems."""
     measures = ("pass@1", f"pass@{max(KS)}", "worked")
     names = [f"after Stage {stage}", "rate", "seeds", "CPU s"]
     names += [f"{split} {measure}" for split in splits for measure in (*measures, "minus grpo")]
@@ -336,6 +336,10 @@ def table(rows: list[dict], stage: str, splits: list[str]) -> str:
         for split in splits:
             mine, sparse = ([r for r in rows if (r["method"], r["split"]) == (m, split)]
                             for m in (method, "grpo"))
+            if not mine:  # it was run with fewer --splits
+                cells += [""] * (len(measures) + 1)
+                continue
+            sparse = [r for r in sparse if r["seed"] in {other["seed"] for other in mine}]
             for measure in measures:
                 values = [100 * r[measure] for r in mine]
                 cells.append(f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")

@@ -88,6 +88,10 @@ def test_the_best_rate_of_the_grid_is_taken_and_nothing_is_done_twice(tmp_path, 
     assert started == ["grpo-0.0004-1", "grpo-0.0004-1-eval-deep", "grpo-0.0004-1-stage2",
                        "grpo-0.0004-1-stage2-eval-deep"]
     assert len(read(tmp_path)) == len(rows) + 4  # what was there stays
+    programs(tmp_path, "--methods", "outcome", "--splits", "eval")
+    capsys.readouterr()
+    programs(tmp_path, "--methods", "base")
+    assert "| outcome | 0.0004 | 1 | 7 | 18.8 (18.8 to 18.8) | 100.0 (100.0 to 100.0) " in capsys.readouterr().out
 
 
 def test_what_cannot_go_on_says_so(tmp_path, programs):
