@@ -606,18 +606,23 @@ def train(model, row, tokens: float, lr: float, batch_tokens: int = 3072) -> Non
 # The four parts
 
 
+def new_problems(rng: random.Random, count: int, depths, taken: set[str]) -> list[str]:
+    """Lines of a .jsonl file with questions that are not in `taken`, which takes them in."""
+    lines = []
+    while len(lines) < count:
+        row = make_problem(rng, depths)
+        if row.question not in taken:  # no question is in two splits
+            taken.add(row.question)
+            lines.append(json.dumps(row._asdict()) + "\n")
+    return lines
+
+
 def make_data(seed: int) -> None:
     FOLDER.mkdir(exist_ok=True)
     taken = set()
     for split, (count, depths) in SPLITS.items():
-        rng, rows = random.Random(f"{split} {seed}"), []
-        while len(rows) < count:
-            row = make_problem(rng, depths)
-            if row.question not in taken:  # no question is in two splits
-                taken.add(row.question)
-                rows.append(row)
-        text = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
-        (FOLDER / f"{split}.tmp").write_text(text)
+        lines = new_problems(random.Random(f"{split} {seed}"), count, depths, taken)
+        (FOLDER / f"{split}.tmp").write_text("".join(lines))
         os.replace(FOLDER / f"{split}.tmp", FOLDER / f"{split}.jsonl")
 
 

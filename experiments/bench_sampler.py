@@ -28,7 +28,7 @@ import transformers  # noqa: E402
 from data import load_problems  # noqa: E402
 from experiments.bench_head import cpu_name  # noqa: E402
 from judge import Judge  # noqa: E402
-from kernels.token_logprob import product_dtype  # noqa: E402
+from kernels.token_logprob import fast_dtype  # noqa: E402
 from sample import PAGE, Network, Rows, Sampler, Trace, load_lm, trace_noise  # noqa: E402
 
 OUT = ROOT / "experiments" / "results" / "sampler_bench.csv"
@@ -278,7 +278,7 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sa
     print(", ".join(map(str, about.values())))
     problems = load_problems([data], split="test")
     # first what the machine computes fast: judging is timed in that one
-    fast = device.startswith("cuda") or product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.bfloat16
+    fast = fast_dtype(torch.bfloat16, device.split(":")[0]) == torch.bfloat16
     dtypes = dtypes or (("bfloat16", "float32") if fast else ("float32", "bfloat16"))
     lines = []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernels.token_logprob import CHUNK_BYTES, product_dtype  # noqa: E402
+from kernels.token_logprob import CHUNK_BYTES, fast_dtype  # noqa: E402
 from sample import head_size  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402  behind sample: see the note there
 
@@ -37,13 +37,13 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     start = settings.kl > 0 or settings.method == "distill" or (judged and judge is None)
     length = prompt + settings.max_new_tokens
 
-    # A CPU without bfloat16 instructions samples, and takes the head's products, in float32.
-    product = dtype if device == "cuda" else product_dtype(torch.empty(0, dtype=dtype))
+    product = fast_dtype(dtype, device)  # of sampling and of the head
 
     # sampling: rows in pages, a prompt's shared by its traces, and a step's logits
     traces = settings.questions * settings.group // ranks
     rows = min(settings.max_rows, traces)
-    cache = 2 * layers * kv * product.itemsize * (rows * settings.max_new_tokens + -(-rows // settings.group) * prompt)
+    cached = rows * settings.max_new_tokens + -(-rows // settings.group) * prompt  # tokens
+    cache = 2 * layers * kv * product.itemsize * cached
     if device == "cpu":
         cache = min(cache, 4 * 2**30)
 

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from exprl import read_jsonl  # noqa: E402
 from sample import load_lm, write_atomically  # noqa: E402
 from data import bootstrap_interval, load_problems, pass_at_k  # noqa: E402
-from data.miniature import DEEP, FOLDER, make_problem, some_trace, worked  # noqa: E402
+from data.miniature import DEEP, FOLDER, new_problems, some_trace, worked  # noqa: E402
 from judge import Judge, calibrate  # noqa: E402
 
 METHODS = {  # name -> what differs from `python exprl.py`
@@ -136,12 +136,10 @@ def write_problems(args) -> None:
         lines = (FOLDER / f"{split}.jsonl").read_text().splitlines(keepends=True)
         write_atomically(folder / f"{split}.jsonl", "".join(lines[: args.problems]))
     if args.deeper:
-        rng, taken = random.Random("deeper"), {p.question for p in load_problems(str(FOLDER / "deep.jsonl"))}
-        rows = {row.question: row for row in (make_problem(rng, DEEP) for _ in range(2000))
-                if row.question not in taken}
-        lines = [json.dumps(row._asdict()) + "\n" for row in rows.values()]
+        taken = {p.question for p in load_problems(str(FOLDER / "deep.jsonl"))}
+        lines = new_problems(random.Random("deeper"), 1000 + args.problems, DEEP, taken)
         write_atomically(folder / "train.jsonl", "".join(lines[:1000]))
-        write_atomically(folder / "dev.jsonl", "".join(lines[1000 : 1000 + args.problems]))
+        write_atomically(folder / "dev.jsonl", "".join(lines[1000:]))
 
 
 def cpu_seconds(run: Path) -> float:

@@ -107,8 +107,13 @@ class TokenLogprob(torch.autograd.Function):
 
 def product_dtype(hidden):
     """The dtype of the logits and of the three products."""
-    fast = hidden.is_cuda or hidden.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return hidden.dtype if fast else torch.promote_types(hidden.dtype, torch.float32)
+    return fast_dtype(hidden.dtype, hidden.device.type)
+
+
+def fast_dtype(dtype, device):
+    """In which dtype "cuda" or "cpu" multiplies numbers of `dtype`: float32 where it has no instructions."""
+    fast = device == "cuda" or dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return dtype if fast else torch.promote_types(dtype, torch.float32)
 
 
 def on_triton(hidden):

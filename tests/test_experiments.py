@@ -91,7 +91,8 @@ def test_the_best_rate_of_the_grid_is_taken_and_nothing_is_done_twice(tmp_path, 
     programs(tmp_path, "--methods", "outcome", "--splits", "eval")
     capsys.readouterr()
     programs(tmp_path, "--methods", "base")
-    assert "| outcome | 0.0004 | 1 | 7 | 18.8 (18.8 to 18.8) | 100.0 (100.0 to 100.0) " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| outcome | 0.0004 | 1 | 7 | 18.8 (18.8 to 18.8) | 100.0 (100.0 to 100.0) " in shown
 
 
 def test_what_cannot_go_on_says_so(tmp_path, programs):
