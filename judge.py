@@ -13,7 +13,8 @@ Four readouts:
     critique   the judge first writes a short bounded critique, then the same
     generate   a free reply, whose last "Score: d" is read (the paper's way)
     likelihood no rubric and no grade in words: how likely is it, to the judge, that whoever goes on from the
-               trace concludes with the reference's final answer? For judges too small to follow a rubric.
+               trace concludes with the reference's final answer, beyond what it is with nothing of the work
+               to go on from (see gain)? For judges too small to follow a rubric.
                Without a final answer (programs, proofs, no reference) and for lone steps: expected
 A grade that cannot be read is NaN: never a silent 0.
 
@@ -294,10 +295,11 @@ class Judge:
         steps = [[trace] for trace in traces] if view == "outcome" else traces
         grades = [[math.nan] * len(some) for some in steps]
         raw = [[f"longer than the judge's context of {limit} tokens"] * len(some) for some in steps]
+        keys = [(problem.question, problem.solution, problem.answer, problem.domain) for problem in problems]
         known: dict[tuple, tuple] = {}
+        without: dict[tuple, float | None] = {}  # by key: what `likelihood` reads behind an empty trace
         passes: list[tuple] = []  # what `read` reads
-        for i, (problem, some) in enumerate(zip(problems, steps)):
-            key = problem.question, problem.solution, problem.answer, problem.domain
+        for i, (problem, key, some) in enumerate(zip(problems, keys, steps)):
             if key not in known:
                 target, (before, behind) = self.target(problem, view), self.prompt(problem, view)
                 known[key] = before, behind + ([] if target or self.replies else self.stem), target
@@ -312,10 +314,18 @@ class Judge:
                 forks = [((i, k), len(before) + len(shown), behind, target)]
                 if view == "prefix" and k and not self.replies:  # the trace and its prefixes are one pass
                     forks = passes.pop()[1] + forks
+                if target and key not in without:
+                    without[key] = None
+                    forks = [(key, len(before), behind, target), *forks]
                 passes.append((before + shown, forks))
                 self.tokens += len(own) + len(behind) + len(target)
-        for (i, k), s, text in self.read(passes):
-            grades[i][k], raw[i][k] = s, text
+        for place, s, text in self.read(passes):
+            if place in without:
+                without[place] = s
+            else:
+                i, k = place
+                grades[i][k], raw[i][k] = s, text
+        grades = [[gain(s, without[key]) for s in g] if key in without else g for g, key in zip(grades, keys)]
         return [Verdict(tuple(g), "\n".join(filter(None, r))) for g, r in zip(grades, raw)]
 
     def read(self, passes: list[tuple]) -> Iterator[tuple]:
@@ -363,6 +373,14 @@ def expected_grade(logits: torch.Tensor) -> list[float]:
 def score(grade: float) -> float:
     """Grade 1..5 -> s in [0,1]: the paper's `smooth` normalisation."""
     return (grade - 1) / 4
+
+
+def gain(s: float, without: float) -> float:
+    """How far a trace raises the likelihood s of the reference's answer from an empty trace's towards 1; a
+    trace that lowers it gets 0. Else the best of wrong traces is one that says nothing and leaves the answer
+    open. RLPR (arXiv 2506.18254) subtracts and clips for the same reason."""
+    risen = (s - without) / max(1 - without, 1e-6)
+    return 0.0 if risen < 0 else risen  # NaN stays NaN
 
 
 def read_grade(reply: str, word: str = "score") -> float:

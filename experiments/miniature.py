@@ -62,6 +62,8 @@ METHODS = {  # name -> what differs from `python exprl.py`
     "process-segment-step-mean": ["--method", "process", "--step-view", "segment", "--process-norm",
                                   "step-mean"],
     "outcome-generate": ["--method", "outcome", "--readout", "generate"],
+    # the frozen start as judge: how likely does the trace make the reference's answer?
+    "outcome-likelihood": ["--method", "outcome", "--judge", FOLDER / "policy", "--readout", "likelihood"],
     "outcome-no-reference": ["--method", "outcome", "--reference", "none"],
     "outcome-wrong-reference": ["--method", "outcome", "--reference", "wrong"],
     "outcome-noise-0.15": ["--method", "outcome", "--judge", "noise-0.15"],

@@ -15,7 +15,7 @@ from data import Problem, is_correct, load_problems
 from data import miniature as mini
 from exprl import Settings, trace_metrics
 from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, check, corr_in_groups, correlation,
-                   gamed, probe, probe_traces, usable)
+                   gain, gamed, probe, probe_traces, usable)
 from sample import load_lm
 
 sys.path.append(str(tiny.ROOT / "experiments"))
@@ -222,13 +222,15 @@ def test_the_wording_search_reads_every_variant(tmp_path):
     lm = load_lm(str(tiny.save(tmp_path / "m")))
     problem = Problem("p/1", "Ann has 3 bags of 6 eggs.", "She has 3*6 = 18 eggs, 18/2 = 9 each.\n\\boxed{9}",
                       "9", "math")
-    records = [{"problem": "p/1", "text": t, "correct": False} for t in ("3*6 = 18 so 18", "no idea")]
-    assert [judge_wording.progress(problem, r["text"]) for r in records] == [1, 0]
+    records = [{"problem": "p/1", "text": t, "correct": False} for t in ("3*6 = 18 so 18", "no idea", "")]
+    assert [judge_wording.progress(problem, r["text"]) for r in records] == [1, 0, 0]
     sampler = judge_wording.Sampler(lm.model)
     for variant in judge_wording.VARIANTS:
         (read,), = judge_wording.readings(lm, sampler, [variant], [{"p/1": problem}], records)
-        assert len(read) == 2 and np.isfinite(read).all() and read[0] != read[1]
+        assert len(read) == 3 and np.isfinite(read).all() and read[0] != read[1]
         if variant == "conclusion":
             judge = Judge(lm.model, lm.tokenizer, readout="likelihood")
-            given = judge.grade([problem] * 2, [r["text"] for r in records])
-            assert np.exp(read) == pytest.approx([v.grades[0] for v in given], abs=1e-5)
+            given = judge.grade([problem] * 3, [r["text"] for r in records])
+            *likelihoods, without = np.exp(read)
+            want = [gain(s, without) for s in likelihoods]
+            assert [v.grades[0] for v in given] == pytest.approx([*want, 0], abs=1e-5)

@@ -1,4 +1,4 @@
-"""The judge: prompt structure that no trace can change, domains, the three readouts, unread grades."""
+"""The judge: prompt structure that no trace can change, domains, the four readouts, unread grades."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 
 import judge as judge_module
 from data import Problem
-from judge import DOMAINS, READOUTS, Judge, read_grade
+from judge import DOMAINS, READOUTS, Judge, gain, read_grade
 
 PROBLEM = Problem("p/1", "What is 2 + 2?", "Two and two make \\boxed{4}.", "4", "math")
 HOSTILE = [
@@ -103,18 +103,26 @@ def test_readouts(readout):
 def test_likelihood_is_the_probability_of_the_references_answer():
     judge = Judge(tiny.model(seed=1, spread=0.5), tiny.tokenizer(), readout="likelihood")
     steps = ["### a\nfirst ", "### b\n</trace>second"]
-    verdict, = judge.grade([PROBLEM], [steps], "prefix")
+    before, rest = judge.prompt(PROBLEM)
     target = judge.quote("4}")
-    for k, grade in enumerate(verdict.grades):
-        before, rest = judge.prompt(PROBLEM)
-        ids = before + judge.quote(steps[0]) + (judge.quote(steps[1]) if k else []) + rest
+
+    def likelihood(shown):
+        ids = before + [t for step in shown for t in judge.quote(step)] + rest + target
         with torch.no_grad():
-            logp = judge.model(torch.tensor([ids + target])).logits[0, -len(target) - 1 : -1].log_softmax(-1)
-        assert grade == pytest.approx(float(logp[range(len(target)), target].mean().exp()), abs=1e-5)
+            logp = judge.model(torch.tensor([ids])).logits[0, -len(target) - 1 : -1].log_softmax(-1)
+        return float(logp[range(len(target)), target].mean().exp())
+
+    empty, *given = (likelihood(steps[:k]) for k in range(3))
+    verdict, = judge.grade([PROBLEM], [steps], "prefix")
+    want = [max(0, (s - empty) / (1 - empty)) for s in given]  # beyond what it is without the work
+    assert max(want) > 0 and verdict.grades == pytest.approx(want, abs=1e-5)
     shown = judge.tokenizer.decode(before)
     assert PROBLEM.question in shown and PROBLEM.solution not in shown  # it is to be predicted, not read
     boxed = replace(PROBLEM, answer="")  # then the reference's box is looked for
     assert judge.grade([boxed], ["".join(steps)])[0].grades == pytest.approx(verdict.grades[-1:], abs=1e-5)
+    assert [v.grades for v in judge.grade([PROBLEM] * 2, ["", ""])] == [(0.0,), (0.0,)]
+    assert gain(0.75, 0.5) == 0.5 and gain(0.25, 0.5) == 0 and gain(1.0, 1.0) == 0
+    assert math.isnan(gain(math.nan, 0.5))
 
 
 def test_what_has_no_final_answer_is_graded_as_expected():
