@@ -501,6 +501,9 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
                         f"looks of a trace, not its agreement with the reference; {remedy}")
     if right["auroc"] < 0.8:
         return "weak", f"{known} is below 0.8; {remedy}"
+    if right["readout"] == "likelihood" and right["grade_correct"] < 3:
+        return "weak", (f"{known}, but it does not find the answer of right work, whose mean grade is "
+                        f"{right['grade_correct']:.2f}: its order among wrong traces is noise; {remedy}")
     return "usable", f"{known}" + (f", {drop:.2f} less with a wrong reference" if wrong else "")
 
 

@@ -124,8 +124,13 @@ def test_no_probe_earns_an_honest_grade_from_the_embedded_judge(embedded):
 def test_the_embedded_judge_is_usable(embedded):
     assert check(*embedded)[0] == "usable"
     judge, problems, records = embedded
-    assert check(judge, problems, [r for r in records if not r["correct"]])[0] == "usable"  # none right yet
+    wrong = [r for r in records if not r["correct"]]  # as at the start of a run: none right yet
+    assert check(judge, problems, wrong)[0] == "usable"
     assert check(Noise(), problems, records)[0] == "noise"
+    policy = load_lm(str(mini.FOLDER / "policy"))
+    judge = Judge(policy.model, policy.tokenizer, policy.prompts, "likelihood")
+    word, reason = check(judge, problems, wrong)  # it ranks well, but right work gets 0.1 from it
+    assert word == "weak" and "does not find the answer" in reason
 
 
 class Noise(Stand):
