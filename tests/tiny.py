@@ -78,7 +78,9 @@ def problems_file(path: Path, rows: int = 12) -> Path:
 
 
 def training_world(home: Path) -> tuple[Path, list[str]]:
-    """A policy, a judge and data on disk, with the flags of exprl.py that use them."""
+    """A policy, a judge and data on disk, with the flags of exprl.py that use them. Readout expected: to a random
+    judge no trace raises the likelihood of the answer, so that the default of so small a judge would grade all 0.
+    """
     save(home / "policy", seed=1)
     save(home / "judge", seed=2, spread=0.5)
     problems_file(home / "train.jsonl", 7)
@@ -86,7 +88,7 @@ def training_world(home: Path) -> tuple[Path, list[str]]:
     flags = ["--model", home / "policy", "--judge", home / "judge", "--data", home / "train.jsonl",
              "--questions", 3, "--group", 4, "--max-new-tokens", 12, "--lr", 1e-3, "--kl", 0.01,
              "--show-every", 2, "--eval-every", 0, "--temperature", 1.0, "--microbatch-tokens", 4000,
-             "--check-judge", 0, "--device", "cpu"]
+             "--check-judge", 0, "--readout", "expected", "--device", "cpu"]
     return home, [str(f) for f in flags]
 
 
