@@ -268,12 +268,12 @@ def test_kernels_compile_for_a_hopper_gpu():
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        def build(kernel, signature, **constants):
+        def build(kernel, signature, warps=8, **constants):
             names = [name for name in kernel.arg_names if name not in constants]
             types = dict(zip(names, signature.split(), strict=True), **dict.fromkeys(constants, "constexpr"))
             types = {name: types[name] for name in kernel.arg_names}
             source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-            program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+            program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
             assert program.asm["cubin"] and ".local" not in program.asm["ptx"]  # no spilled registers
 
         logprob = importlib.import_module("kernels.token_logprob")
@@ -288,6 +288,16 @@ def test_kernels_compile_for_a_hopper_gpu():
         for norm in advantages.NORMS:
             build(advantages.token_advantages_kernel, "*fp32 *i64 *i64 *fp32 i32 i32 fp32",
                   GROUP=12, GROUP_BLOCK=16, STEP_BLOCK=16, TOKEN_BLOCK=1024, NORM=norm)
+
+        choose = importlib.import_module("kernels.choose_token")
+        attention = importlib.import_module("kernels.paged_attention")
+        for z in ("*bf16", "*fp32"):
+            build(choose.choose_kernel, f"{z} *i64 *fp32 *i32 *i32 *i32 *fp32 i32 i32", warps=4, SPLITS=4,
+                  BLOCK=256)
+            for D, splits, out in ((64, 1, z), (128, 8, "*fp32")):  # heads of SmolLM2 and Qwen2.5-1.5B
+                build(attention.paged_attention_kernel, f"{z} {z} {z} *i32 *i32 {out} *fp32 fp32 i32 i32",
+                      warps=4, P=32, D=D, GROUP=6, GROUP_BLOCK=16, TOKEN_BLOCK=64, D_BLOCK=D, SPLITS=splits)
+            build(attention.merge_kernel, f"*fp32 *fp32 {z}", warps=4, D=128, D_BLOCK=128, SPLITS=8)
     """
     run_python(code)
 
