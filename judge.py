@@ -563,35 +563,42 @@ def probe(judge: Judge, problems: list[Problem], records: list[dict], seed: int 
     return {kind: mean([x for x in g if not math.isnan(x)]) for kind, g in grades.items()}
 
 
-def calibrate_prefixes(judge: Judge, policy: LM, problems: list[Problem], records: list[dict], n: int,
-                       max_new_tokens: int, temperature: float = 1.0, seed: int = 0) -> dict:
-    """Cut each trace at its step ends, let the policy go on n times from there, and correlate the prefix
-    grades with the share of continuations that end right.
+def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], n: int, max_new_tokens: int,
+                      temperature: float = 1.0, seed: int = 0) -> tuple[list[list[str]], np.ndarray]:
+    """Cut each trace at its step ends and let the policy go on n times from each cut -> (the steps of each
+    trace, success), success (number of all steps,): the share of continuations that end right.
 
-    corr_within: the same after taking off each problem's means, since some problems are easier than others.
     The prefix is tokenized anew: in rare places not the tokens that were sampled."""
-    judge.check_view("prefix")
     by_id = {p.id: p for p in problems}
-    cuts = [(r["problem"], [step for step in HEADING.split(r["text"]) if step]) for r in records]
-    verdicts = judge.grade([by_id[i] for i, _ in cuts], [steps for _, steps in cuts], "prefix")
-    ids = [i for i, steps in cuts for _ in steps]
-    prefixes = ["".join(steps[: k + 1]) for _, steps in cuts for k in range(len(steps))]
-    grades = np.array([g for v in verdicts for g in v.grades])
-    prompts = [policy.chat(by_id[i].question) + policy.tokenizer.encode(
-        text, add_special_tokens=False, split_special_tokens=True) for i, text in zip(ids, prefixes)]
+    steps = [[step for step in HEADING.split(r["text"]) if step] for r in records]
+    prefixes = [(by_id[r["problem"]], "".join(some[: k + 1]))
+                for r, some in zip(records, steps) for k in range(len(some))]
+    prompts = [policy.chat(problem.question) + policy.tokenizer.encode(
+        text, add_special_tokens=False, split_special_tokens=True) for problem, text in prefixes]
     room = room_for(policy, prompts, max_new_tokens)
-    rollouts = Sampler(policy.model).sample(prompts, n, room, temperature, seed)
-    right = [is_correct(prefixes[k // n] + policy.text(r.token_ids), by_id[ids[k // n]].answer)
-             for k, r in enumerate(rollouts)]
-    success = np.array(right).reshape(-1, n).mean(1)
+    rollouts = iter(Sampler(policy.model).sample(prompts, n, room, temperature, seed))
+    right = [[is_correct(text + policy.text(next(rollouts).token_ids), problem.answer) for _ in range(n)]
+             for problem, text in prefixes]
+    return steps, np.mean(np.reshape(right, (-1, n)), 1)
+
+
+def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict], steps: list[list[str]],
+                       success: np.ndarray, seed: int = 0) -> dict:
+    """Correlate the grades of all prefixes with what `continue_prefixes` found of them.
+
+    corr_within: the same after taking off each problem's means, since some problems are easier than others."""
+    by_id = {p.id: p for p in problems}
+    verdicts = judge.grade([by_id[r["problem"]] for r in records], steps, "prefix")
+    ids = np.array([r["problem"] for r, some in zip(records, steps) for _ in some])
+    grades = np.array([g for v in verdicts for g in v.grades])
     read = ~np.isnan(grades)
-    grades, success, ids = grades[read], success[read], np.array(ids)[read]
+    grades, success, ids = grades[read], success[read], ids[read]
     centred = [np.concatenate([x[ids == i] - x[ids == i].mean() for i in set(ids)])
                for x in (grades, success)]
     low, high = interval_over_problems(ids, lambda rows: correlation(grades[rows], success[rows]), seed)
-    return {"prefixes": len(grades), "continuations": n, "success": mean(success),
-            "corr": correlation(grades, success), "corr_low": low, "corr_high": high,
-            "corr_within": correlation(*centred)}
+    return {"prefixes": len(grades), "success": mean(success), "corr": correlation(grades, success),
+            "corr_low": low, "corr_high": high, "corr_within": correlation(*centred),
+            "grades": grades.round(4).tolist(), "successes": success.tolist()}
 
 
 def room_for(policy: LM, prompts: list[list[int]], max_new_tokens: int) -> int:
@@ -741,19 +748,25 @@ def main() -> None:
             write_atomically(args.out.with_suffix(".traces.jsonl"), jsonl(records))
     asked = {r["problem"] for r in records}
     problems = [p for p in problems if p.id in asked]
-    readouts = []
-    for readout in args.readout:
-        judge = Judge(lm.model, lm.tokenizer, lm.prompts, readout)
+    judges = [Judge(lm.model, lm.tokenizer, lm.prompts, readout) for readout in args.readout]
+    continued, readouts = None, []
+    if args.prefixes:
+        for judge in judges:
+            judge.check_view("prefix")
+        print(f"{policy.name} goes on {args.prefixes} times from each step of its traces", flush=True)
+        continued = continue_prefixes(policy, problems, records, args.prefixes, args.max_new_tokens,
+                                      args.temperature, args.seed)
+    for judge in judges:
         print(f"\n{lm.name}, readout {judge.about}, {len(records)} traces of {len(problems)} problems, "
               f"{np.mean([r['correct'] for r in records]):.1%} right")
-        readouts.append(calibrate_and_print(args, judge, policy, problems, records))
+        readouts.append(calibrate_and_print(args, judge, problems, records, continued))
     if args.out:
         report = {"judge": Path(lm.name).name, "traces": len(records), "readouts": readouts}
         report = json.loads(json.dumps(report), parse_constant=lambda nan: None)  # JSON has no NaN
         write_atomically(args.out, json.dumps(report, indent=1) + "\n")
 
 
-def calibrate_and_print(args, judge: Judge, policy: LM, problems: list[Problem], records: list[dict]) -> dict:
+def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: list[dict], continued) -> dict:
     print("  ".join(f"{title:>{max(len(title), 6)}}" for title in COLUMNS))
     rows = {}
     for condition in args.conditions:
@@ -774,10 +787,9 @@ def calibrate_and_print(args, judge: Judge, policy: LM, problems: list[Problem],
         print("mean grade of hostile traces, with the right reference")
         for kind, grade in out["probes"].items():
             print(f"  {kind:36s} " + ("unread" if math.isnan(grade) else f"{grade:.2f}"))
-    if args.prefixes:
-        p = out["prefixes"] = calibrate_prefixes(judge, policy, problems, records, args.prefixes,
-                                                 args.max_new_tokens, args.temperature, args.seed)
-        print(f"{p['prefixes']} prefixes, {p['continuations']} continuations each, {p['success']:.1%} of "
+    if continued:
+        p = out["prefixes"] = calibrate_prefixes(judge, problems, records, *continued, args.seed)
+        print(f"{p['prefixes']} prefixes, {args.prefixes} continuations each, {p['success']:.1%} of "
               f"them right: correlation of grade and success {p['corr']:.2f} ({p['corr_low']:.2f} to "
               f"{p['corr_high']:.2f}), within problems {p['corr_within']:.2f}")
     return out

@@ -14,8 +14,8 @@ import tiny
 from data import Problem, is_correct, load_problems
 from data import miniature as mini
 from exprl import Settings, trace_metrics
-from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, check, corr_in_groups, correlation,
-                   gain, gamed, probe, probe_traces, usable)
+from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, check, continue_prefixes,
+                   corr_in_groups, correlation, gain, gamed, probe, probe_traces, usable)
 from sample import load_lm
 
 sys.path.append(str(tiny.ROOT / "experiments"))
@@ -143,9 +143,9 @@ def test_prefix_grades_against_continuations(embedded):
     judge, problems, records = embedded
     policy = load_lm(str(Path(mini.FOLDER) / "policy"))
     some = [r for r in records if r["problem"] in {p.id for p in problems[:4]}]
-    row = calibrate_prefixes(judge, policy, problems, some, 4, 120, temperature=0.3)
-    steps = sum(len(re.findall("###", r["text"])) for r in some)
-    assert row["prefixes"] == steps and row["continuations"] == 4
+    steps, success = continue_prefixes(policy, problems, some, 4, 120, temperature=0.3)
+    row = calibrate_prefixes(judge, problems, some, steps, success)
+    assert row["prefixes"] == len(success) == sum(len(re.findall("###", r["text"])) for r in some)
     assert 0.1 < row["success"] < 0.9 and row["corr"] > 0.6 and row["corr_within"] > 0.6
 
 
