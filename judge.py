@@ -421,14 +421,14 @@ def calibrate(judge: Judge, problems: list[Problem], records: list[dict], condit
     """Grade `records` (from sample.py: problem id, text, correct) with the right, no or a wrong reference.
 
     `agreement`, and repeat_gap: the largest difference (of 1..5) when the first 16 traces are graded again in
-    another order; tokens and seconds per grade."""
+    another order; tokens and seconds per grade; the scores themselves."""
     start, tokens = time.perf_counter(), judge.tokens
     s = grade_records(judge, problems, records, condition, seed)
     seconds, tokens = time.perf_counter() - start, judge.tokens - tokens
     gaps = np.abs(s[:16] - grade_records(judge, problems, records[:16][::-1], condition, seed)[::-1])
     return {"condition": condition, "readout": judge.readout} | agreement(s, records, seed) | {
         "repeat_gap": 4 * float(gaps[~np.isnan(gaps)].max(initial=0)),
-        "tokens_per_grade": tokens / len(s), "seconds_per_grade": seconds / len(s)}
+        "tokens_per_grade": tokens / len(s), "seconds_per_grade": seconds / len(s), "scores": s.tolist()}
 
 
 def grade_records(judge: Judge, problems: list[Problem], records: list[dict], condition: str,
@@ -598,7 +598,7 @@ def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict
     low, high = interval_over_problems(ids, lambda rows: correlation(grades[rows], success[rows]), seed)
     return {"prefixes": len(grades), "success": mean(success), "corr": correlation(grades, success),
             "corr_low": low, "corr_high": high, "corr_within": correlation(*centred),
-            "grades": grades.round(4).tolist(), "successes": success.tolist()}
+            "scores": grades.tolist(), "successes": success.tolist()}
 
 
 def room_for(policy: LM, prompts: list[list[int]], max_new_tokens: int) -> int:
