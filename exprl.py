@@ -11,8 +11,8 @@
 
 The policy sees the question only, the judge question, reference and trace. `train_step` is the table of
 contents; each method is one function that turns traces into token advantages (section "Methods"). The method
-is in the sections "One step", "Methods" and "Loss and update"; what follows them keeps a run going: models and
-checkpoints, several processes, the loop with its logs, the command line.
+is in the sections "One step", "Methods" and "Loss and update"; what follows them keeps a run going: models
+and checkpoints, several processes, the loop with its logs, the command line.
 
 Departures from the paper's released code, one a line:
 - the judge writes no reply by default: an expected grade over five digit tokens, or a small one a likelihood
@@ -66,6 +66,7 @@ from data import Problem, is_correct
 from judge import HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
+from kernels.token_logprob import fast_dtype
 from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype, problems_or_exit
 from sample import resolve_model, summary, too_long, traces_of, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
@@ -744,7 +745,11 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
 def load_state(settings: Settings, weights: str | None) -> State:
     """Check the data, then load the models: bad input must not cost a model's loading time."""
     device = own_device(settings.device)
-    dtype = pick_dtype(settings.dtype, device)
+    asked = pick_dtype(settings.dtype, device)
+    dtype = fast_dtype(asked, device.split(":")[0])
+    if dtype != asked:
+        print("this CPU has no instructions for bfloat16, which would be many times slower: float32 is taken",
+              file=sys.stderr)
     train = problems_or_exit(settings.data, "train", skip_bad_rows=settings.skip_bad_rows,
                              need_solution=settings.method != "grpo" and settings.reference != "none")
     held_out = []

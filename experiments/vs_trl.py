@@ -4,11 +4,12 @@
     python experiments/vs_trl.py --model SmolLM2-135M-Instruct --data gsm8k_train.jsonl --out FILE.csv
 
 The job: 8 problems x 8 traces of at most 128 tokens a step, sampling included; float32 master weights,
-compute in --dtype; GRPO with the same reward function (the share of digits in a trace: it differs within every
-group, so that no row can be skipped), one update, no KL, AdamW. Both get the same prompts and about the same
-number of traces per micro-batch. What TRL offers for speed here is on: no activation checkpointing (its default
-is on: less memory, slower; `--ways trl-default` takes it), fused AdamW, its fused head. `trl-bf16` also holds
-its master weights in bfloat16, which is a different, less exact job. vLLM needs a GPU.
+compute in --dtype (on a CPU without instructions for bfloat16 exprl.py takes float32, TRL what it is told);
+GRPO with the same reward function (the share of digits in a trace: it differs within every group, so that no
+row can be skipped), one update, no KL, AdamW. Both get the same prompts and about the same number of traces
+per micro-batch. What TRL offers for speed here is on: no activation checkpointing (its default is on: less
+memory, slower; `--ways trl-default` takes it), fused AdamW, its fused head. `trl-bf16` also holds its master
+weights in bfloat16, which is a different, less exact job. vLLM needs a GPU.
 
 Per line of the CSV: way, round, step, wall seconds, CPU seconds of the process (what another load on the
 machine changes little), sampled tokens, and the peak memory of the process until then, loading included.
@@ -152,8 +153,9 @@ def main():
     parser.add_argument("--microbatch", type=int, default=8, help="traces per forward and backward pass")
     parser.add_argument("--prompt", type=int, default=128, help="expected prompt tokens, for exprl's budget")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of both's passes; "
-                        "float32 on a CPU without bfloat16 instructions, where it is faster for both")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
+                        help="of both's passes; float32 on a CPU without bfloat16 instructions, where it is "
+                             "faster for both")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="append a line per step to this file")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # a run of its own

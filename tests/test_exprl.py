@@ -253,7 +253,8 @@ def test_checkpointed_activations_give_the_same_gradients(world):
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*results))
 
 
-def test_low_precision_copy_keeps_its_storage(world):
+def test_low_precision_copy_keeps_its_storage(world, monkeypatch):
+    monkeypatch.setattr(exprl, "fast_dtype", lambda dtype, device: dtype)  # on any CPU
     state, settings = build(world, "--dtype", "bfloat16")
     assert state.sampling.dtype == torch.bfloat16 and state.policy.model.dtype == torch.float32
     places = [p.data_ptr() for p in state.sampling.parameters()]
@@ -261,6 +262,13 @@ def test_low_precision_copy_keeps_its_storage(world):
     assert places == [p.data_ptr() for p in state.sampling.parameters()] and metrics["ratio_gap"] < 0.1
     for low, master in zip(state.sampling.parameters(), state.policy.model.parameters()):
         assert torch.equal(low, master.to(torch.bfloat16))
+
+
+def test_bfloat16_is_float32_on_a_cpu_without_its_instructions(world, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    state, _ = build(world, "--dtype", "bfloat16")
+    assert state.dtype == torch.float32 and state.sampling is state.policy.model
+    assert "no instructions for bfloat16" in capsys.readouterr().err
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -419,7 +427,8 @@ def test_grpo_needs_no_judge(world, tmp_path):
 
 
 def test_out_of_memory_names_the_flag():
-    for error in RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), torch.OutOfMemoryError("x"):
+    refused = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+    for error in refused, torch.OutOfMemoryError("x"):
         assert "lower --microbatch-tokens" in exprl.explain(error, "training")
     assert "Error: shape" in exprl.explain(RuntimeError("shape"), "training")
     assert all("--" in remedy for remedy in exprl.REMEDIES.values())
@@ -427,10 +436,12 @@ def test_out_of_memory_names_the_flag():
 
 def test_without_model_flags_the_embedded_miniature_runs(tmp_path):
     run = tmp_path / "demo"
-    done = tiny.run("exprl.py", "--steps", 2, "--questions", 4, "--eval-limit", 6, "--show-every", 1, "--out", run)
+    done = tiny.run("exprl.py", "--steps", 2, "--questions", 4, "--eval-limit", 6, "--show-every", 1,
+                    "--out", run)
     assert "before, step 0" in done.stdout and "after, step 2" in done.stdout and "--- step 1" in done.stdout
     steps = [m for m in exprl.read_jsonl(run / "metrics.jsonl") if "score" in m]
-    assert len(steps) == 2 and all(0 < m["score"] < 1 and m["unread"] == 0 and m["headings"] > 1 for m in steps)
+    assert len(steps) == 2
+    assert all(0 < m["score"] < 1 and m["unread"] == 0 and m["headings"] > 1 for m in steps)
     grades = {record["grades"][0] for record in exprl.read_jsonl(run / "rollouts.jsonl")}
     assert len(grades) > 10  # a language model's expected grades, not five steps of a script
 

@@ -33,6 +33,7 @@ sys.path.insert(0, "tests")
 import tiny, exprl
 exprl.join()
 exprl.join = lambda: None  # once for all runs
+exprl.fast_dtype = lambda dtype, device: dtype  # bfloat16 on any CPU
 states, build = [], exprl.build_state  # kept: taking a run's process groups apart was seen to abort
 exprl.build_state = lambda *args: states.append(build(*args)) or states[-1]
 for flags, fault in json.loads(sys.argv[1]):
@@ -100,10 +101,12 @@ def metrics(run: Path) -> list[dict]:
 
 
 def alone(flags) -> None:
-    threads = torch.get_num_threads()
+    threads, fast_dtype = torch.get_num_threads(), exprl.fast_dtype
     torch.set_num_threads(1)
+    exprl.fast_dtype = lambda dtype, device: dtype  # as in WORKER
     exprl.main([str(flag) for flag in flags])
     torch.set_num_threads(threads)
+    exprl.fast_dtype = fast_dtype
 
 
 @pytest.fixture(scope="module")
