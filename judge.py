@@ -135,8 +135,6 @@ def rubric(view: str, domain: str) -> str:
     return RUBRIC.format(**words, **{name: text.format(**words) for name, text in VIEWS[view].items()})
 
 
-# The ask stands in front of the trace, in what a problem's traces share: behind a trace, and each of its
-# prefixes, the judge reads a dozen tokens.
 USER = """\
 <problem>
 {question}
@@ -146,12 +144,13 @@ USER = """\
 {reference}
 </reference>
 
-{ask}
-
 <trace>
 {trace}
 </trace>"""
 
+# For an expected grade the ask stands in front of the trace, in what a problem's traces share: behind a trace,
+# and each of its prefixes, the judge reads a dozen tokens. A judge that replies is asked behind the trace: a
+# small one copied the prompt otherwise (95% of a 0.5B's grades unread, asked behind none).
 ASK = {
     "expected": "Grade the trace from 1 to 5. Reply with one line: Score: followed by the digit.",
     "critique": "Name in at most three sentences the first point where the trace departs from the reference, "
@@ -216,7 +215,9 @@ class Judge:
         self.reply_tokens = reply_tokens or prompts.get("critique_tokens",
                                                         1024 if self.readout == "generate" else 96)
         self.no_reference = prompts.get("no_reference", NO_REFERENCE)
-        user = prompts.get("user", USER.replace("{ask}", ASK.get(self.readout, ASK["expected"])))
+        asked = (f"{USER}\n\n{ASK[self.readout]}" if self.replies else
+                 USER.replace("<trace>", f"{ASK['expected']}\n\n<trace>"))
+        user = prompts.get("user", asked)
         if prompts:  # the same for all domains
             self.fixed = {view: dict.fromkeys(DOMAINS, self.render(system, user))
                           for view, system in prompts["system"].items()}
@@ -586,7 +587,7 @@ def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict
                        success: np.ndarray, seed: int = 0) -> dict:
     """Correlate the grades of all prefixes with what `continue_prefixes` found of them.
 
-    corr_within: the same after taking off each problem's means, since some problems are easier than others."""
+    corr_within: the same after taking off each problem's means, for some problems are easier than others."""
     by_id = {p.id: p for p in problems}
     verdicts = judge.grade([by_id[r["problem"]] for r in records], steps, "prefix")
     ids = np.array([r["problem"] for r, some in zip(records, steps) for _ in some])

@@ -34,8 +34,7 @@ You check a student's work on a problem against a reference solution that is kno
 how far the work agrees with the reference: 1 - it arrives at another answer, or at none; 2 - mostly wrong; \
 3 - partly right, unfinished or with an error; 4 - right but for a trifle; 5 - it arrives at the reference's \
 answer."""
-SHOWN = USER.replace("{ask}\n\n", "")
-ASKED = USER.replace("{ask}", ASK["expected"])  # in front of the trace, as judge.py does
+ASKED = USER.replace("<trace>", ASK["expected"] + "\n\n<trace>")  # in front of the trace, as judge.py does
 GRADE = "\n\n" + ASK["expected"]
 NAMED = "\n\nThe reference arrives at {answer}."
 PAIR = "\n\nReference's final answer: {answer}\nTrace's final answer: {guess}"  # {guess} is found by code
@@ -45,7 +44,7 @@ SAME = "\n\nAre these two the same? Reply with Yes or No."
 SENTENCE = "The trace concludes that the final answer is \\boxed{"
 # name: (system prompt, shown up to the trace's end, asked behind it, forced stem, what is read)
 VARIANTS = {
-    "rubric, asked behind": (RUBRIC, SHOWN, GRADE, STEM, "digits"),
+    "rubric, asked behind": (RUBRIC, USER, GRADE, STEM, "digits"),
     "rubric, asked in front": (RUBRIC, ASKED, "", STEM, "digits"),  # judge.py's readout expected
     "rubric, answer named": (RUBRIC, ASKED, NAMED, STEM, "digits"),
     "brief": (BRIEF, ASKED, "", STEM, "digits"),

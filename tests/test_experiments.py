@@ -28,7 +28,8 @@ def test_comparison_runs_and_reports(tmp_path):
     done = tiny.run(*command)
     assert [(r["stage"], r["method"], r["split"]) for r in read(tmp_path)] == [
         ("I", "base", "eval"), ("II", "base", "eval")]
-    assert "| after Stage II | rate |" in done.stdout and "<polyline" in (tmp_path / "dynamics.svg").read_text()
+    assert "| after Stage II | rate |" in done.stdout
+    assert "<polyline" in (tmp_path / "dynamics.svg").read_text()
 
 
 def test_a_failing_run_stops_the_comparison_with_its_message(tmp_path):
@@ -156,7 +157,7 @@ def test_behaviours_are_asked_behind_one_reading_of_the_trace(tmp_path):
         for (name, meaning), value in zip(behaviours.BEHAVIOURS.items(), row):  # in a pass of its own
             ask = behaviours.BEHAVIOUR_ASK.format(name=name, meaning=meaning)
             head, between, opening, rest = judge.render(behaviours.BEHAVIOUR,
-                                                        behaviours.SHOWN + "\n\n" + ask)
+                                                        behaviours.USER + "\n\n" + ask)
             problem = problems[record["problem"]]
             ids = [*head, *judge.quote(problem.question), *between, *judge.quote(problem.solution), *opening,
                    *judge.quote(record["text"]), *rest, *judge.stem]

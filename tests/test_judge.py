@@ -199,6 +199,14 @@ class WideDigits:
         return self.inner.apply_chat_template(*args, **kwargs)
 
 
+@pytest.mark.parametrize("readout", ["expected", "critique", "generate"])
+def test_who_is_to_reply_is_asked_behind_the_trace(readout):
+    judge = Judge(tiny.model(), tiny.tokenizer(), readout=readout)
+    before, behind = (judge.tokenizer.decode(ids) for ids in judge.prompt(PROBLEM))
+    first, second = (before, behind) if readout == "expected" else (behind, before)
+    assert first.count("Score: followed by the digit") == 1 and "followed by" not in second
+
+
 def test_domains_have_their_own_rubrics(judge):
     heads = {}
     for domain in (*DOMAINS, "science/physics", "law"):
