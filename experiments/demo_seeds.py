@@ -2,8 +2,9 @@
 
     python experiments/demo_seeds.py --seeds 0 1 2 3 4 --out experiments/results/demo_seeds.csv
 
-Columns: seed, pass@1 and pass@16 on the held-out problems before and after with 95% bootstrap intervals, judge
-score and exact match of the first and the last step, seconds of the program. Further flags go to exprl.py.
+Columns: seed, pass@1 and pass@16 on the held-out problems before and after with 95% bootstrap intervals,
+judge score and exact match of the first and the last step, seconds of the program. Further flags go to
+exprl.py.
 """
 
 import argparse
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 def one_run(seed: int, run: Path, flags: list[str]) -> dict:
     start = time.perf_counter()
-    subprocess.run([sys.executable, "exprl.py", "--seed", str(seed), "--out", str(run), *flags], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "exprl.py", "--seed", str(seed), "--out", str(run), *flags], cwd=ROOT,
+                   check=True)
     seconds = time.perf_counter() - start
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     evaluations, steps = [m for m in lines if "pass@1" in m], [m for m in lines if "accuracy" in m]
@@ -29,7 +31,8 @@ def one_run(seed: int, run: Path, flags: list[str]) -> dict:
         for k in ("pass@1", "pass@16"):
             row |= {f"{name}_{k}{end}": round(m[f"{k}{end}"], 4) for end in ("", "_low", "_high")}
     for name, m in (("first", steps[0]), ("last", steps[-1])):
-        row |= {f"{name}_score": m["score"] and round(m["score"], 4), f"{name}_accuracy": round(m["accuracy"], 4)}
+        row |= {f"{name}_score": m["score"] and round(m["score"], 4),
+                f"{name}_accuracy": round(m["accuracy"], 4)}
     return row | {"steps": steps[-1]["step"], "seconds": round(seconds, 1)}
 
 

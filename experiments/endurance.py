@@ -2,8 +2,8 @@
 
     python experiments/endurance.py --out FOLDER        # 300 steps of the miniature, two runs, on one thread
 
-One run goes through. Then another is killed at random steps, by SIGKILL or SIGTERM, and resumed each time. Then
-weights, optimizer moments, metrics and traces of both are compared, bit for bit.
+One run goes through. Then another is killed at random steps, by SIGKILL or SIGTERM, and resumed each time.
+Then weights, optimizer moments, metrics and traces of both are compared, bit for bit.
 Writes results/endurance.csv, a line per step: the peak memory of each process (resident, libraries included)
 since it was started, how often the second run was killed until then; and results/endurance.svg from it.
 """

@@ -102,14 +102,15 @@ def main():
     from exprl import Settings
     print("| model | traces of | 1 GPU | each of 8 GPUs | cache, 64 rows |\n|---|---|---|---|---|")
     for name, (d, f, layers, heads, kv, V, tied) in SHAPES.items():
-        config = AutoConfig.for_model(
-            name.partition(".")[0].partition("-")[0].lower(), hidden_size=d, intermediate_size=f, vocab_size=V,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-            tie_word_embeddings=tied)  # Qwen3's head size, 128, is the default
+        family = name.partition(".")[0].partition("-")[0].lower()
+        config = AutoConfig.for_model(  # Qwen3's head size, 128, is the default
+            family, hidden_size=d, intermediate_size=f, vocab_size=V, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied)
         for length in (1024, 16384):
             settings = Settings(max_new_tokens=length, max_rows=64, checkpoint_activations=True)
             one, eight = (memory(config, settings, ranks) for ranks in (1, 8))
-            cells = [parts["peak"] - parts["cache, logits"] for parts in (one, eight)] + [one["cache, logits"]]
+            cells = [parts["peak"] - parts["cache, logits"] for parts in (one, eight)]
+            cells.append(one["cache, logits"])
             print(f"| {name} | {length:,} | " + " | ".join(f"{size / 2**30:.1f} GB" for size in cells) + " |")
 
 

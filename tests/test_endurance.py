@@ -1,4 +1,4 @@
-"""What goes wrong around a run: a full disk, a place that cannot be written, data that is gone, torn files."""
+"""What goes wrong around a run: a full disk, a place that cannot be written, data gone, torn files."""
 
 import resource
 import shutil
@@ -42,7 +42,8 @@ def test_a_full_disk_ends_the_run_with_a_message_and_loses_nothing(world, tmp_pa
     run = copy(world, tmp_path, "checkpoints/step_4", "model")
     records = (run / "rollouts.jsonl").read_text().splitlines(keepends=True)
     kept = sum(len(line.encode()) for line in records[: len(records) // 2])
-    room = kept + 100 if what == "log" else (run / "checkpoints/step_2/model.safetensors").stat().st_size + 100
+    weights = run / "checkpoints/step_2/model.safetensors"
+    room = 100 + (kept if what == "log" else weights.stat().st_size)
     done = tiny.run("exprl.py", "--resume", run, check=False,
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     assert done.returncode and "Traceback" not in done.stderr, done.stderr[-3000:]
@@ -80,8 +81,8 @@ def test_vanished_data_is_named_and_blamed_on_no_checkpoint(world, tmp_path, cap
     assert resume(run).step == 4
 
 
-@pytest.mark.parametrize("damage", ["weights cut", "moments cut", "weights gone", "state empty", "tokenizer gone",
-                                    "weights flipped", "moments flipped", "sums gone"])
+@pytest.mark.parametrize("damage", ["weights cut", "moments cut", "weights gone", "state empty",
+                                    "tokenizer gone", "weights flipped", "moments flipped", "sums gone"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_path, capsys, damage):
     run = copy(world, tmp_path)
     newest = run / "checkpoints/step_4"

@@ -82,7 +82,8 @@ def test_the_glossary_has_the_names_that_a_run_writes(world, tmp_path):
     written = set()
     half = (home / "train.jsonl").read_text().replace('"math"', '"science"', 3)
     (home / "mixed.jsonl").write_text(half)
-    flags = [*flags, "--data", str(home / "mixed.jsonl"), "--eval-data", str(home / "eval.jsonl"), "--eval-n", "2", "--eval-k", "1", "2"]
+    flags = [*flags, "--data", str(home / "mixed.jsonl"), "--eval-data", str(home / "eval.jsonl"),
+             "--eval-n", "2", "--eval-k", "1", "2"]
     for method in exprl.METHODS:
         exprl.main([*flags, "--steps", "1", "--method", method, "--out", str(tmp_path / method)])
         for line in exprl.read_jsonl(tmp_path / method / "metrics.jsonl"):

@@ -247,7 +247,8 @@ def distilled(world, *more):
     prompts = [state.policy.chat(p.question) for p in state.train[:2]]
     rollouts = state.sampler.sample(prompts, 4, 12, 1.0, seed=5)
     traces = exprl.Traces.of(state.policy, [p for p in state.train[:2] for _ in range(4)], rollouts)
-    return state, settings, dataclasses.replace(traces, mean_length=sum(len(r.token_ids) for r in rollouts) / 8)
+    length = sum(len(r.token_ids) for r in rollouts) / 8
+    return state, settings, dataclasses.replace(traces, mean_length=length)
 
 
 def test_the_teacher_is_the_start_that_sees_the_reference(world):

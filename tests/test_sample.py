@@ -426,8 +426,8 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("graphs", [True, False])
 def test_gpu_greedy_graphs_and_weight_updates(graphs):
-    """CUDA, float32: generate's tokens through refill and pauses, teacher-forced log-probs, and replayed graphs
-    that see weights changed in place."""
+    """CUDA, float32: generate's tokens through refill and pauses, teacher-forced log-probs, and replayed
+    graphs that see weights changed in place."""
     net = tiny.model(seed=2).cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
     prompts = random_prompts(20, 70)
@@ -487,8 +487,8 @@ def test_real_models_are_greedy_as_generate(name):
 @pytest.mark.real
 @pytest.mark.parametrize("name, dtype", [("smollm", "float32"), ("qwen", "float32"), ("smollm", "bfloat16")])
 def test_real_models_logprobs_are_teacher_forced_ones(name, dtype):
-    """float32: to 1e-4. bfloat16: as near to float32 as transformers in bfloat16 is; the shares of tokens with
-    a ratio outside [0.9, 1.1] are printed."""
+    """float32: to 1e-4. bfloat16: as near to float32 as transformers in bfloat16 is; the shares of tokens
+    with a ratio outside [0.9, 1.1] are printed."""
     lm = real_model(name, getattr(torch, dtype))
     prompts = [lm.chat(q) for q in ("What is 17 * 23?", "How many eggs are 12 boxes of 12?", "Hi " * 60)]
     rollouts = Sampler(lm.model, max_rows=4).sample(prompts, 3, 40, 0.8, seed=1)
