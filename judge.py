@@ -202,7 +202,9 @@ class Judge:
         prompts = prompts if prompts and "user" in prompts else {}  # a policy's prompts.json is not a judge's
         small = model.num_parameters() < SMALL
         self.readout = readout or prompts.get("readout", "likelihood" if small else "expected")
-        self.about = self.readout + ", or expected without a final answer" * (self.readout == "likelihood")
+        self.about = self.readout
+        if self.readout == "likelihood":
+            self.about += ", a soft exact match, or expected without a final answer"
         if not readout and not prompts:
             self.about += f" (by size: {'below' if small else 'from'} {SMALL / 1e9:g}B parameters)"
         if self.readout not in READOUTS:
