@@ -6,7 +6,9 @@
 #   experiments/gpu.sh results-h200 Qwen2.5-0.5B-Instruct gsm8k_train.jsonl gsm8k_dev.jsonl
 #
 # Each part writes its log and its CSV into OUT; one that fails does not keep the others from running, and the
-# script says at the end which did. PYTHON names the interpreter; without it, .venv's. FLAGS go to the training runs.
+# script says at the end which did. PYTHON names the interpreter; without it, .venv's. FLAGS go to the training runs:
+# FLAGS="--judge Qwen3-4B-Instruct-2507" where that model is at hand, since MODEL as its own judge gives a soft exact
+# match only.
 set -uo pipefail
 out=$1 model=$2 train=$3 dev=$4
 shift 4

@@ -3,9 +3,11 @@
 # held-out problems before and after with intervals, and all traces in one HTML file.
 #
 #   experiments/gsm8k.sh MODEL TRAIN DEV OUT [flags of exprl.py]
-#   experiments/gsm8k.sh Qwen2.5-0.5B-Instruct openai/gsm8k:main:train gsm8k_dev.jsonl runs/gsm8k        # one GPU
+#   experiments/gsm8k.sh Qwen2.5-0.5B-Instruct openai/gsm8k:main:train gsm8k_dev.jsonl runs/gsm8k \
+#       --judge Qwen3-4B-Instruct-2507                                                                    # one GPU
 #   experiments/gsm8k.sh /folder/SmolLM2-135M-Instruct gsm8k_train.jsonl gsm8k_dev.jsonl /tmp/gsm8k --steps 1 \
 #       --questions 2 --group 2 --max-new-tokens 48 --eval-limit 2 --eval-n 2 --eval-k 1 2                # that it works
+# Without --judge the start judges itself; below 3B parameters that is a soft exact match, see README.md.
 set -euo pipefail
 model=$1 train=$2 dev=$3 out=$4
 shift 4
