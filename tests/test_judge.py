@@ -120,7 +120,7 @@ def test_likelihood_is_the_probability_of_the_references_answer():
     assert PROBLEM.question in shown and PROBLEM.solution not in shown  # it is to be predicted, not read
     boxed = replace(PROBLEM, answer="")  # then the reference's box is looked for
     assert judge.grade([boxed], ["".join(steps)])[0].grades == pytest.approx(verdict.grades[-1:], abs=1e-5)
-    assert [v.grades for v in judge.grade([PROBLEM] * 2, ["", ""])] == [(0.0,), (0.0,)]
+    assert [v.grades[0] for v in judge.grade([PROBLEM] * 2, ["", ""])] == pytest.approx([0, 0], abs=1e-6)
     assert gain(0.75, 0.5) == 0.5 and gain(0.25, 0.5) == 0 and gain(1.0, 1.0) == 0
     assert math.isnan(gain(math.nan, 0.5))
 
