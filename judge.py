@@ -148,9 +148,6 @@ USER = """\
 {trace}
 </trace>"""
 
-# For an expected grade the ask stands in front of the trace, in what a problem's traces share: behind a trace,
-# and each of its prefixes, the judge reads a dozen tokens. A judge that replies is asked behind the trace: a
-# small one copied the prompt otherwise (95% of a 0.5B's grades unread, asked behind none).
 ASK = {
     "expected": "Grade the trace from 1 to 5. Reply with one line: Score: followed by the digit.",
     "critique": "Name in at most three sentences the first point where the trace departs from the reference, "
@@ -159,6 +156,17 @@ ASK = {
     "generate": "Compare the trace with the reference under the three headings truth, completeness and "
                 "conflict. Then grade it from 1 to 5 on a last line: Score: followed by the digit.",
 }
+
+
+def with_ask(ask: str, behind: bool) -> str:
+    """USER with the ask in front of the trace or behind it.
+
+    In front it lies in what a problem's traces share: behind a trace, and each of its prefixes, the judge
+    then reads a dozen tokens. But a judge that is to reply is asked behind: a small one copied the prompt
+    otherwise (95% of a 0.5B's grades unread, 14% when asked behind)."""
+    return f"{USER}\n\n{ask}" if behind else USER.replace("<trace>", f"{ask}\n\n<trace>")
+
+
 STEM = "Score: "
 NO_REFERENCE = "(not available: judge the trace by itself)"
 
@@ -217,9 +225,8 @@ class Judge:
         self.reply_tokens = reply_tokens or prompts.get("critique_tokens",
                                                         1024 if self.readout == "generate" else 96)
         self.no_reference = prompts.get("no_reference", NO_REFERENCE)
-        asked = (f"{USER}\n\n{ASK[self.readout]}" if self.replies else
-                 USER.replace("<trace>", f"{ASK['expected']}\n\n<trace>"))
-        user = prompts.get("user", asked)
+        ask = ASK[self.readout if self.replies else "expected"]
+        user = prompts.get("user", with_ask(ask, behind=self.replies))
         if prompts:  # the same for all domains
             self.fixed = {view: dict.fromkeys(DOMAINS, self.render(system, user))
                           for view, system in prompts["system"].items()}
@@ -791,8 +798,9 @@ def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: li
         for kind, grade in out["probes"].items():
             print(f"  {kind:36s} " + ("unread" if math.isnan(grade) else f"{grade:.2f}"))
     if continued:
-        p = out["prefixes"] = calibrate_prefixes(judge, problems, records, *continued, args.seed)
-        print(f"{p['prefixes']} prefixes, {args.prefixes} continuations each, {p['success']:.1%} of "
+        p = out["prefixes"] = {"continuations": args.prefixes} | calibrate_prefixes(
+            judge, problems, records, *continued, args.seed)
+        print(f"{p['prefixes']} prefixes, {p['continuations']} continuations each, {p['success']:.1%} of "
               f"them right: correlation of grade and success {p['corr']:.2f} ({p['corr_low']:.2f} to "
               f"{p['corr_high']:.2f}), within problems {p['corr_within']:.2f}")
     return out

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sample import load_lm, pick_device, pick_dtype, problems_or_exit, write_atomically  # noqa: E402
 from data import bootstrap_interval  # noqa: E402
-from judge import USER, Judge, expected_grade, read_traces, score  # noqa: E402
+from judge import Judge, expected_grade, read_traces, score, with_ask  # noqa: E402
 
 BEHAVIOURS = {  # what is asked of a trace, one behaviour at a time; the paper counts the same six
     "verification": "goes back over a claim or a result to see whether it holds",
@@ -53,7 +53,7 @@ BEHAVIOUR_ASK = ("How far does the trace show {name}: the student {meaning}? Rep
 
 def annotate(judge: Judge, problems: dict, records: list[dict]) -> np.ndarray:
     """Scores (N,6) in [0,1] of traces by sample.py; NaN for those longer than the judge's context."""
-    asks = [judge.render(BEHAVIOUR, USER + "\n\n" + BEHAVIOUR_ASK.format(name=name, meaning=meaning))
+    asks = [judge.render(BEHAVIOUR, with_ask(BEHAVIOUR_ASK.format(name=name, meaning=meaning), behind=True))
             for name, meaning in BEHAVIOURS.items()]
     head, between, opening, _ = asks[0]
     shared = {i: head + judge.quote(p.question) + between

@@ -26,7 +26,7 @@ from sample import LM, Sampler, load_lm, pick_device, pick_dtype, problems_or_ex
 from data import Problem, extract_answer  # noqa: E402
 from judge import ASK, CONCLUDE, CONCLUSION, DIGITS, STEM, UNSEEN, USER, rubric  # noqa: E402
 from judge import auroc, correlation, expected_grade, interval_over_problems, read_traces  # noqa: E402
-from judge import with_reference  # noqa: E402
+from judge import with_ask, with_reference  # noqa: E402
 
 RUBRIC = rubric("outcome", "math")
 BRIEF = """\
@@ -34,7 +34,7 @@ You check a student's work on a problem against a reference solution that is kno
 how far the work agrees with the reference: 1 - it arrives at another answer, or at none; 2 - mostly wrong; \
 3 - partly right, unfinished or with an error; 4 - right but for a trifle; 5 - it arrives at the reference's \
 answer."""
-ASKED = USER.replace("<trace>", ASK["expected"] + "\n\n<trace>")  # in front of the trace, as judge.py does
+ASKED = with_ask(ASK["expected"], behind=False)  # as judge.py does for an expected grade
 GRADE = "\n\n" + ASK["expected"]
 NAMED = "\n\nThe reference arrives at {answer}."
 PAIR = "\n\nReference's final answer: {answer}\nTrace's final answer: {guess}"  # {guess} is found by code

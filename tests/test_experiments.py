@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from data import load_problems
+from judge import USER
 
 sys.path.insert(0, str(tiny.ROOT / "experiments"))
 import behaviours  # noqa: E402
@@ -157,7 +158,7 @@ def test_behaviours_are_asked_behind_one_reading_of_the_trace(tmp_path):
         for (name, meaning), value in zip(behaviours.BEHAVIOURS.items(), row):  # in a pass of its own
             ask = behaviours.BEHAVIOUR_ASK.format(name=name, meaning=meaning)
             head, between, opening, rest = judge.render(behaviours.BEHAVIOUR,
-                                                        behaviours.USER + "\n\n" + ask)
+                                                        USER + "\n\n" + ask)
             problem = problems[record["problem"]]
             ids = [*head, *judge.quote(problem.question), *between, *judge.quote(problem.solution), *opening,
                    *judge.quote(record["text"]), *rest, *judge.stem]

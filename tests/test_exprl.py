@@ -254,7 +254,7 @@ def test_checkpointed_activations_give_the_same_gradients(world):
 
 
 def test_low_precision_copy_keeps_its_storage(world, monkeypatch):
-    monkeypatch.setattr(exprl, "fast_dtype", lambda dtype, device: dtype)  # on any CPU
+    monkeypatch.setattr(exprl, "fast_dtype", tiny.as_asked)
     state, settings = build(world, "--dtype", "bfloat16")
     assert state.sampling.dtype == torch.bfloat16 and state.policy.model.dtype == torch.float32
     places = [p.data_ptr() for p in state.sampling.parameters()]

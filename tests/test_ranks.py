@@ -33,7 +33,7 @@ sys.path.insert(0, "tests")
 import tiny, exprl
 exprl.join()
 exprl.join = lambda: None  # once for all runs
-exprl.fast_dtype = lambda dtype, device: dtype  # bfloat16 on any CPU
+exprl.fast_dtype = tiny.as_asked
 states, build = [], exprl.build_state  # kept: taking a run's process groups apart was seen to abort
 exprl.build_state = lambda *args: states.append(build(*args)) or states[-1]
 for flags, fault in json.loads(sys.argv[1]):
@@ -103,7 +103,7 @@ def metrics(run: Path) -> list[dict]:
 def alone(flags) -> None:
     threads, fast_dtype = torch.get_num_threads(), exprl.fast_dtype
     torch.set_num_threads(1)
-    exprl.fast_dtype = lambda dtype, device: dtype  # as in WORKER
+    exprl.fast_dtype = tiny.as_asked
     exprl.main([str(flag) for flag in flags])
     torch.set_num_threads(threads)
     exprl.fast_dtype = fast_dtype

@@ -91,6 +91,11 @@ def training_world(home: Path) -> tuple[Path, list[str]]:
     return home, [str(f) for f in flags]
 
 
+def as_asked(dtype, device):
+    """In the place of exprl.fast_dtype: bfloat16 stays bfloat16 on any CPU, so that its paths are tested."""
+    return dtype
+
+
 def gradient(state, settings, batch):
     """What exprl.update would hand to the optimizer, in float64, and its metrics."""
     grads = []
