@@ -13,9 +13,9 @@ Four readouts:
     critique   the judge first writes a short bounded critique, then the same
     generate   a free reply, whose last "Score: d" is read (the paper's way)
     likelihood no rubric and no grade in words: how likely is it, to the judge, that whoever goes on from the
-               trace concludes with the reference's final answer, beyond what it is with nothing of the work
-               to go on from (see gain)? For judges too small to follow a rubric.
-               Without a final answer (programs, proofs, no reference) and for lone steps: expected
+               trace concludes with the reference's final answer or states one of its checkpoints (sentences),
+               beyond what it is with nothing of the work to go on from (see closeness)? For judges too small
+               to follow a rubric. Without a reference: expected
 A grade that cannot be read is NaN: never a silent 0.
 
 The trace is data, not text of the prompt: its special tokens are not recognised and its fences are defused,
@@ -184,6 +184,7 @@ UNSEEN = """\
 {trace}
 </trace>"""
 CONCLUSION = "\\boxed{"  # the reference's final answer and "}" are to follow
+CHECKPOINT = 20  # characters: shorter sentences of a reference are joined with the next
 READOUTS = (*ASK, "likelihood")
 SMALL = 3e9  # parameters: a judge with fewer, and without a readout of its own, gives likelihoods, not grades
 DIGITS = "12345"
@@ -212,7 +213,7 @@ class Judge:
         self.readout = readout or prompts.get("readout", "likelihood" if small else "expected")
         self.about = self.readout
         if self.readout == "likelihood":
-            self.about += ", a soft exact match, or expected without a final answer"
+            self.about += " of the reference's answer and checkpoints"
         if not readout and not prompts:
             self.about += f" (by size: {'below' if small else 'from'} {SMALL / 1e9:g}B parameters)"
         if self.readout not in READOUTS:
@@ -276,21 +277,32 @@ class Judge:
         text = re.sub(r"<(?=\s*/?\s*(?:problem|reference|trace)\b)", "‹", text, flags=re.IGNORECASE)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def target(self, problem: Problem, view: str = "outcome") -> list[int]:
-        """What `likelihood` looks for, as token ids; empty where `expected` is to be read."""
+    def looked_for(self, problem: Problem) -> tuple[list[int], list[list[int]]]:
+        """By `likelihood`, as token ids: the final answer, the checkpoints. Both are empty where `expected`
+        is to be read."""
+        if self.readout != "likelihood" or problem.solution == self.no_reference:
+            return [], []
         answer = problem.answer or last_box(problem.solution)
-        sought = answer and self.readout == "likelihood" and view != "segment"
-        return self.quote(answer + "}") if sought else []
+        return (self.quote(answer + "}") if answer else [],
+                [self.quote(text) for text in checkpoints(problem.solution)])
 
     def prompt(self, problem: Problem, view: str = "outcome") -> tuple[list[int], list[int]]:
         """The prompt before and behind the trace, as token ids. The first is shared by all of a problem's
         traces."""
-        if self.target(problem, view):
+        if any(self.looked_for(problem)):
             head, opening, rest = self.conclude
-            return head + self.quote(problem.question) + opening, rest + self.encode(CONCLUSION)
+            return head + self.quote(problem.question) + opening, rest
         rubrics, domain = self.fixed[view], problem.domain.partition("/")[0]
         head, between, opening, rest = rubrics[domain if domain in rubrics else "math"]
         return head + self.quote(problem.question) + between + self.quote(problem.solution) + opening, rest
+
+    def questions(self, problem: Problem, view: str) -> tuple[list[int], list[tuple], bool]:
+        """The prompt before a trace; behind it (suffix, target) pairs: how likely is the target after the
+        suffix, or without a target: which digit, or what reply; and is the first target a final answer?"""
+        before, behind = self.prompt(problem, view)
+        answer, points = self.looked_for(problem)
+        asked = [(behind + self.encode(CONCLUSION), answer)] * bool(answer) + [(behind, p) for p in points]
+        return before, asked or [(behind + ([] if self.replies else self.stem), [])], bool(answer)
 
     def grade(self, problems: list[Problem], traces: list, view: str = "outcome") -> list[Verdict]:
         """One Verdict per trace; problems[i] belongs to traces[i], traces of one problem stand together.
@@ -303,44 +315,52 @@ class Judge:
         limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         room = limit - (self.reply_tokens + len(self.stem) if self.replies else 0)
         steps = [[trace] for trace in traces] if view == "outcome" else traces
-        grades = [[math.nan] * len(some) for some in steps]
-        raw = [[f"longer than the judge's context of {limit} tokens"] * len(some) for some in steps]
         keys = [(problem.question, problem.solution, problem.answer, problem.domain) for problem in problems]
         known: dict[tuple, tuple] = {}
-        without: dict[tuple, float | None] = {}  # by key: what `likelihood` reads behind an empty trace
         passes: list[tuple] = []  # what `read` reads
+        compared: set[tuple] = set()  # keys of which `likelihood` reads an empty trace, too
         for i, (problem, key, some) in enumerate(zip(problems, keys, steps)):
             if key not in known:
-                target, (before, behind) = self.target(problem, view), self.prompt(problem, view)
-                known[key] = before, behind + ([] if target or self.replies else self.stem), target
-                self.tokens += len(before)
-            before, behind, target = known[key]
+                known[key] = self.questions(problem, view)
+                self.tokens += len(known[key][0])
+            before, asked, _ = known[key]
+            length = max(len(suffix) + len(target) for suffix, target in asked)
             shown: list[int] = []
             for k, step in enumerate(some):
                 own = self.quote(step)  # step by step: a longer prefix starts with the ids of a shorter one
                 shown = shown + own if view == "prefix" else own
-                if len(before) + len(shown) + len(behind) + len(target) > room:
+                if len(before) + len(shown) + length > room:
                     continue
-                forks = [((i, k), len(before) + len(shown), behind, target)]
+                forks = [((i, k), len(before) + len(shown), *pair) for pair in asked]
                 if view == "prefix" and k and not self.replies:  # the trace and its prefixes are one pass
                     forks = passes.pop()[1] + forks
-                if target and key not in without:
-                    without[key] = None
-                    forks = [(key, len(before), behind, target), *forks]
+                if asked[0][1] and key not in compared:
+                    compared.add(key)
+                    forks = [(key, len(before), *pair) for pair in asked] + forks
                 passes.append((before + shown, forks))
-                self.tokens += len(own) + len(behind) + len(target)
-        for place, s, text in self.read(passes):
-            if place in without:
-                without[place] = s
-            else:
-                i, k = place
-                grades[i][k], raw[i][k] = s, text
-        grades = [[gain(s, without[key]) for s in g] if key in without else g for g, key in zip(grades, keys)]
-        return [Verdict(tuple(g), "\n".join(filter(None, r))) for g, r in zip(grades, raw)]
+                self.tokens += len(own) + sum(len(suffix) + len(target) for suffix, target in asked)
+        found: dict[tuple, list] = {}
+        for place, value, text in self.read(passes):
+            found.setdefault(place, []).append((value, text))
+
+        def result(i, k) -> tuple[float, str]:
+            if (i, k) not in found:
+                return math.nan, f"longer than the judge's context of {limit} tokens"
+            if keys[i] not in compared:
+                return found[i, k][0]
+            given, without = ([logps for logps, _ in found[place]] for place in ((i, k), keys[i]))
+            return closeness(given, without, known[keys[i]][2]), ""
+
+        verdicts = []
+        for i, some in enumerate(steps):
+            results = [result(i, k) for k in range(len(some))]
+            verdicts.append(Verdict(tuple(s for s, _ in results), "\n".join(t for _, t in results if t)))
+        return verdicts
 
     def read(self, passes: list[tuple]) -> Iterator[tuple]:
         """Passes of (ids, forks), a fork being (place, cut, behind, target): what follows ids[:cut] + behind?
-        Yields for each fork its place, s in [0,1] or NaN, and what the judge wrote.
+        Yields for each fork its place; the log-probs of its target's tokens, or else s in [0,1] or NaN; and
+        what the judge wrote.
 
         The sampler reads all forks in one pass over ids, computes once what neighbours share, and reads the
         digits over a reply's own cache."""
@@ -350,9 +370,7 @@ class Judge:
             logps = self.sampler.target_logprobs([ids for ids, _ in sought],
                                                  [[fork[1:] for fork in forks] for _, forks in sought])
             places = [place for _, forks in sought for place, *_ in forks]
-            for place, logp in zip(places, logps, strict=True):
-                # geometric mean over tokens: a long answer is not less likely for its length
-                yield place, float(logp.mean().exp()), ""
+            yield from ((place, logp.numpy(), "") for place, logp in zip(places, logps, strict=True))
         if not graded:
             return
         places = [place for _, forks in graded for place, *_ in forks]
@@ -385,10 +403,35 @@ def score(grade: float) -> float:
     return (grade - 1) / 4
 
 
+def checkpoints(solution: str) -> list[str]:
+    """The reference in pieces that a trace may reach one by one: its sentences and lines, short ones joined
+    with the next. A line that only boxes the answer is none."""
+    lines = [line for line in solution.splitlines(keepends=True)
+             if not re.fullmatch(r"\s*\$*\\boxed\{.*\}\W*", line)]
+    pieces = [""]
+    for part in re.split(r"(?<=\n)|(?<=[.!?])(?=\s)", "".join(lines)):
+        if len(pieces[-1].strip()) >= CHECKPOINT:
+            pieces.append("")
+        pieces[-1] += part
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def closeness(given: list[np.ndarray], without: list[np.ndarray], answered: bool) -> float:
+    """How close a trace is to the reference: 1 - (1 - a) (1 - c), with a the gain of the final answer and c
+    the mean gain of the checkpoints, from log-probs of their tokens behind the trace and an empty one.
+
+    An answer is right as a whole: the geometric mean over its tokens, which does not count its length. A
+    checkpoint may be met in parts, in other words: the arithmetic mean."""
+    answer = [gain(*(float(np.exp(x.mean())) for x in pair)) for pair in zip(given[:answered], without)]
+    points = [gain(*(float(np.exp(x).mean()) for x in pair))
+              for pair in zip(given[answered:], without[answered:])]
+    return 1 - (1 - sum(answer)) * (1 - (sum(points) / len(points) if points else 0))
+
+
 def gain(s: float, without: float) -> float:
-    """How far a trace raises the likelihood s of the reference's answer from an empty trace's towards 1; a
-    trace that lowers it gets 0. Else the best of wrong traces is one that says nothing and leaves the answer
-    open. RLPR (arXiv 2506.18254) subtracts and clips for the same reason."""
+    """How far a trace raises a likelihood s from an empty trace's towards 1; a trace that lowers it gets 0.
+    Else the best of wrong traces is one that says nothing and leaves all open. RLPR (arXiv 2506.18254)
+    subtracts and clips for the same reason."""
     risen = (s - without) / max(1 - without, 1e-6)
     return 0.0 if risen < 0 else risen  # NaN stays NaN
 
@@ -491,6 +534,12 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
+def centred(ids: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+    """Each of `values` (N,) less the mean of its problem: what is left is what a group of traces is told."""
+    means = [{i: x[ids == i].mean() for i in set(ids)} for x in values]
+    return [x - np.array([by_id[i] for i in ids]) for x, by_id in zip(values, means)]
+
+
 def mean(x) -> float:
     return float(np.mean(x)) if len(x) else math.nan
 
@@ -511,9 +560,6 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
                         f"looks of a trace, not its agreement with the reference; {remedy}")
     if right["auroc"] < 0.8:
         return "weak", f"{known} is below 0.8; {remedy}"
-    if right["readout"] == "likelihood" and right["grade_correct"] < 3:
-        return "weak", (f"{known}, but it does not find the answer of right work, whose mean grade is "
-                        f"{right['grade_correct']:.2f}: its order among wrong traces is noise; {remedy}")
     return "usable", f"{known}" + (f", {drop:.2f} less with a wrong reference" if wrong else "")
 
 
@@ -603,11 +649,9 @@ def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict
     grades = np.array([g for v in verdicts for g in v.grades])
     read = ~np.isnan(grades)
     grades, success, ids = grades[read], success[read], ids[read]
-    centred = [np.concatenate([x[ids == i] - x[ids == i].mean() for i in set(ids)])
-               for x in (grades, success)]
     low, high = interval_over_problems(ids, lambda rows: correlation(grades[rows], success[rows]), seed)
     return {"prefixes": len(grades), "success": mean(success), "corr": correlation(grades, success),
-            "corr_low": low, "corr_high": high, "corr_within": correlation(*centred),
+            "corr_low": low, "corr_high": high, "corr_within": correlation(*centred(ids, grades, success)),
             "scores": grades.tolist(), "successes": success.tolist()}
 
 

@@ -393,13 +393,17 @@ def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) 
     """ids[start:] in runs of `chunk`. forks: (cut, suffix, result rows): what follows ids[:cut] + suffix?
     With several rows: what follows each of its last tokens?
 
-    All suffixes ride behind the last run; the mask lets each see ids[:cut] and itself."""
+    Suffixes ride behind the last run, and beyond `chunk` tokens of them in runs of their own; the mask lets
+    each see ids[:cut] and itself."""
+    runs = [(a, min(a + chunk, len(ids)), []) for a in range(start, len(ids), chunk)]
+    for fork in (fork for fork in forks if fork[1]):
+        if sum(len(suffix) for _, suffix, _ in [*runs[-1][2], fork]) > chunk:
+            runs.append((len(ids), len(ids), []))
+        runs[-1][2].append(fork)
     pieces = []
-    for a in range(start, len(ids), chunk):
-        b = min(a + chunk, len(ids))
+    for a, b, tails in runs:
         own, positions = list(ids[a:b]), list(range(a, b))
         reads = [(cut - 1 - a, rows[0]) for cut, suffix, rows in forks if not suffix and a < cut <= b]
-        tails = [fork for fork in forks if fork[1]] if b == len(ids) else []
         for cut, suffix, rows in tails:
             own += suffix
             positions += range(cut, cut + len(suffix))

@@ -7,8 +7,7 @@
 #
 # Each part writes its log and its CSV into OUT; one that fails does not keep the others from running, and the
 # script says at the end which did. PYTHON names the interpreter; without it, .venv's. FLAGS go to the training runs:
-# FLAGS="--judge Qwen3-4B-Instruct-2507" where that model is at hand, since MODEL as its own judge gives a soft exact
-# match only.
+# FLAGS="--judge Qwen3-4B-Instruct-2507" where that model is at hand; without, MODEL judges itself.
 set -uo pipefail
 out=$1 model=$2 train=$3 dev=$4
 shift 4

@@ -7,7 +7,7 @@
 #       --judge Qwen3-4B-Instruct-2507                                                                    # one GPU
 #   experiments/gsm8k.sh /folder/SmolLM2-135M-Instruct gsm8k_train.jsonl gsm8k_dev.jsonl /tmp/gsm8k --steps 1 \
 #       --questions 2 --group 2 --max-new-tokens 48 --eval-limit 2 --eval-n 2 --eval-k 1 2                # that it works
-# Without --judge the start judges itself; below 3B parameters that is a soft exact match, see README.md.
+# Without --judge the start judges itself; below 3B parameters by likelihoods, see README.md.
 set -euo pipefail
 model=$1 train=$2 dev=$3 out=$4
 shift 4

@@ -5,9 +5,10 @@ r"""Which wording and readout lets a small judge see whether a trace agrees with
 
 A row per variant and reference, appended to results/judge_wording.csv: AUROC against exact match with its 95%
 interval over problems, and, among wrong traces, the correlation of the reading with progress: the share of
-the reference's intermediate results (numbers that are not in the question) that the trace states. Reference
-"both": the reading with the right reference less that with another problem's. Traces cut off are left out.
-Variants that start alike share a pass over the trace. To try a wording: one entry in VARIANTS.
+the reference's intermediate results (numbers that are not in the question) that the trace states, over all
+and with each problem's means taken off (progress_within: what a group of traces is told). Reference "both":
+the reading with the right reference less that with another problem's. Traces cut off are left out. Variants
+that start alike share a pass over the trace. To try a wording: one entry in VARIANTS. --readouts: judge.py's.
 
 The one that is chosen is to be reported by judge.py, on rows that were not searched.
 """
@@ -24,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from sample import LM, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit  # noqa: E402
 from data import Problem, extract_answer  # noqa: E402
-from judge import ASK, CONCLUDE, CONCLUSION, DIGITS, STEM, UNSEEN, USER, rubric  # noqa: E402
-from judge import auroc, correlation, expected_grade, interval_over_problems, read_traces  # noqa: E402
-from judge import with_ask, with_reference  # noqa: E402
+from judge import ASK, CONCLUDE, CONCLUSION, DIGITS, READOUTS, STEM, UNSEEN, USER, Judge, rubric  # noqa: E402
+from judge import auroc, centred, correlation, expected_grade, grade_records  # noqa: E402
+from judge import interval_over_problems, read_traces, with_ask, with_reference  # noqa: E402
 
 RUBRIC = rubric("outcome", "math")
 BRIEF = """\
@@ -53,7 +54,7 @@ VARIANTS = {
     "brief, reference last": (CONCLUDE, UNSEEN, LAST + "\n\n" + BRIEF + GRADE, STEM, "digits"),
     "yes": (CONCLUDE, UNSEEN, NAMED + YES, "", "yes"),
     "yes, both answers": (CONCLUDE, UNSEEN, PAIR + SAME, "", "yes"),
-    "conclusion": (CONCLUDE, UNSEEN, "", CONCLUSION, "{answer}}"),  # judge.py's readout likelihood
+    "conclusion": (CONCLUDE, UNSEEN, "", CONCLUSION, "{answer}}"),  # half of judge.py's readout likelihood
     "conclusion in a sentence": (CONCLUDE, UNSEEN, "", SENTENCE, "{answer}}"),
     "results": (CONCLUDE, UNSEEN, "", "The work finds these results: ", "{results}"),
     "results behind the conclusion": (CONCLUDE, UNSEEN, "", CONCLUSION + "{answer}}, found by way of ",
@@ -139,7 +140,8 @@ def row(problems: list[Problem], records: list[dict], read: np.ndarray) -> dict:
     low, high = interval_over_problems(ids, lambda rows: auroc(read[rows], correct[rows]), 0)
     return {"problems": len(set(ids)), "traces": len(records), "right": int(correct.sum()),
             "auroc": f"{auroc(read, correct):.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
-            "progress_corr": f"{correlation(made[wrong], read[wrong]):.2f}"}
+            "progress_corr": f"{correlation(made[wrong], read[wrong]):.2f}",
+            "progress_within": f"{correlation(*centred(ids[wrong], made[wrong], read[wrong])):.2f}"}
 
 
 def main() -> None:
@@ -149,7 +151,8 @@ def main() -> None:
     parser.add_argument("--traces", required=True)
     parser.add_argument("--problems", type=int, nargs=2, default=(1, 24), help="first and last row of --data")
     parser.add_argument("--per-kind", type=int, default=4, help="right and wrong traces per problem, at most")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--readouts", nargs="*", choices=READOUTS, default=[], help="of judge.py")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--csv", type=Path, default=ROOT / "experiments/results/judge_wording.csv")
     args = parser.parse_args()
@@ -167,24 +170,31 @@ def main() -> None:
     lm = load_lm(args.judge, device, pick_dtype(args.dtype, device))
     sampler = Sampler(lm.model)
     shown = [with_reference(problems, condition, "", 0) for condition in ("right", "wrong")]
+
+    def report(name, right, wrong):
+        for condition, read in (("right", right), ("wrong", wrong), ("both", right - wrong)):
+            rows = f"{Path(args.data[0]).stem} {args.problems[0]}-{args.problems[1]}"
+            write(args.csv, {"judge": Path(lm.name).name, "rows": rows, "variant": name,
+                             "reference": condition} | row(problems, records, read))
+
     for start in dict.fromkeys(VARIANTS[name][:2] for name in args.variants):
         alike = [name for name in args.variants if VARIANTS[name][:2] == start]
         # a prompt that shows no reference before the trace's end is read once for both
         parts = [[some] for some in shown] if "{reference}" in start[1] else [shown]
         found = np.concatenate([readings(lm, sampler, alike, some, records) for some in parts])
         for v, name in enumerate(alike):
-            for condition, read in (("right", found[0, v]), ("wrong", found[1, v]),
-                                    ("both", found[0, v] - found[1, v])):
-                rows = f"{Path(args.data[0]).stem} {args.problems[0]}-{args.problems[1]}"
-                write(args.csv, {"judge": Path(lm.name).name, "rows": rows, "variant": name,
-                                 "reference": condition} | row(problems, records, read))
+            report(name, *found[:, v])
+    for readout in args.readouts:
+        judge = Judge(lm.model, lm.tokenizer, readout=readout)
+        report(f"readout {readout}", *(grade_records(judge, problems, records, condition, 0)
+                                       for condition in ("right", "wrong")))
 
 
 def write(path: Path, line: dict) -> None:
     print(line, flush=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, line)
+        table = csv.DictWriter(file, line, lineterminator="\n")
         if new:
             table.writeheader()
         table.writerow(line)

@@ -44,6 +44,7 @@ from data import bootstrap_interval, load_problems, pass_at_k  # noqa: E402
 from data.miniature import DEEP, FOLDER, new_problems, some_trace, worked  # noqa: E402
 from judge import Judge, calibrate  # noqa: E402
 
+LIKELIHOOD = ["--judge", FOLDER / "policy", "--readout", "likelihood"]
 METHODS = {  # name -> what differs from `python exprl.py`
     "base": None,
     "sft": ["--method", "sft"],
@@ -62,8 +63,10 @@ METHODS = {  # name -> what differs from `python exprl.py`
     "process-segment-step-mean": ["--method", "process", "--step-view", "segment", "--process-norm",
                                   "step-mean"],
     "outcome-generate": ["--method", "outcome", "--readout", "generate"],
-    # the frozen start as judge: how likely does the trace make the reference's answer?
-    "outcome-likelihood": ["--method", "outcome", "--judge", FOLDER / "policy", "--readout", "likelihood"],
+    # the frozen start as judge: how likely does the trace make the reference's answer and checkpoints?
+    "outcome-likelihood": ["--method", "outcome", *LIKELIHOOD],
+    "outcome-likelihood-wrong-reference": ["--method", "outcome", *LIKELIHOOD, "--reference", "wrong"],
+    "process-likelihood": ["--method", "process", *LIKELIHOOD],
     "outcome-no-reference": ["--method", "outcome", "--reference", "none"],
     "outcome-wrong-reference": ["--method", "outcome", "--reference", "wrong"],
     "outcome-noise-0.15": ["--method", "outcome", "--judge", "noise-0.15"],

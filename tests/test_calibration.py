@@ -1,5 +1,6 @@
 """Calibration of judges: statistics against plain versions, probes, the program, the watch on a run."""
 
+import csv
 import json
 import math
 import random
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import tiny
 
+import judge as judge_module
 from data import Problem, is_correct, load_problems
 from data import miniature as mini
 from exprl import Settings, trace_metrics
-from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, check, continue_prefixes,
+from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, centred, check, continue_prefixes,
                    corr_in_groups, correlation, gain, gamed, probe, probe_traces, usable)
 from sample import load_lm
 
@@ -129,8 +131,7 @@ def test_the_embedded_judge_is_usable(embedded):
     assert check(Noise(), problems, records)[0] == "noise"
     policy = load_lm(str(mini.FOLDER / "policy"))
     judge = Judge(policy.model, policy.tokenizer, policy.prompts, "likelihood")
-    word, reason = check(judge, problems, wrong)  # it ranks well, but right work gets 0.1 from it
-    assert word == "weak" and "does not find the answer" in reason
+    assert check(judge, problems, records)[0] == "usable"  # untrained for it, it sees partial progress
 
 
 class Noise(Stand):
@@ -223,8 +224,8 @@ def test_a_step_reports_its_domains_and_how_the_judge_agrees():
     assert "domains" not in trace_metrics(settings, records[:2])
 
 
-def test_the_wording_search_reads_every_variant(tmp_path):
-    """Each variant gives one number a trace, the conclusion as judge.py's readout does."""
+def test_the_wording_search_reads_every_variant(tmp_path, monkeypatch):
+    """Each variant gives one number a trace, the conclusion as judge.py's readout reads the final answer."""
     lm = load_lm(str(tiny.save(tmp_path / "m")))
     problem = Problem("p/1", "Ann has 3 bags of 6 eggs.", "She has 3*6 = 18 eggs, 18/2 = 9 each.\n\\boxed{9}",
                       "9", "math")
@@ -236,7 +237,31 @@ def test_the_wording_search_reads_every_variant(tmp_path):
         assert len(read) == 3 and np.isfinite(read).all() and read[0] != read[1]
         if variant == "conclusion":
             judge = Judge(lm.model, lm.tokenizer, readout="likelihood")
+            monkeypatch.setattr(judge_module, "checkpoints", lambda solution: [])
             given = judge.grade([problem] * 3, [r["text"] for r in records])
             *likelihoods, without = np.exp(read)
             want = [gain(s, without) for s in likelihoods]
             assert [v.grades[0] for v in given] == pytest.approx([*want, 0], abs=1e-5)
+            monkeypatch.undo()
+
+
+def test_the_wording_search_as_a_program(tmp_path, monkeypatch):
+    folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 3)
+    traces, table = tmp_path / "t.jsonl", tmp_path / "w.csv"
+    records = [{"problem": f"p/{i}", "text": f"that is {i + k}", "correct": i == k, "finished": True}
+               for i in (1, 2, 3) for k in (1, 2, 3)]
+    traces.write_text("".join(json.dumps(r) + "\n" for r in records))
+    flags = ["--judge", folder, "--data", data, "--traces", traces, "--variants", "conclusion",
+             "--readouts", "likelihood", "--csv", table]
+    monkeypatch.setattr(sys, "argv", ["judge_wording.py", *map(str, flags)])
+    judge_wording.main()
+    rows = list(csv.DictReader(table.open()))
+    assert [(r["variant"], r["reference"]) for r in rows] == [
+        (name, reference) for name in ("conclusion", "readout likelihood")
+        for reference in ("right", "wrong", "both")]
+    assert all(r["traces"] == "9" and r["right"] == "3" and 0 <= float(r["auroc"]) <= 1 for r in rows)
+
+
+def test_centred_takes_off_each_problems_mean():
+    x, y = centred(np.array(["a", "b", "a"]), np.array([1.0, 5.0, 3.0]), np.array([0.0, 2.0, 0.0]))
+    assert x.tolist() == [-1, 0, 1] and y.tolist() == [0, 0, 0]

@@ -3,13 +3,14 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 import judge as judge_module
 from data import Problem
-from judge import DOMAINS, READOUTS, Judge, gain, read_grade
+from judge import DOMAINS, READOUTS, Judge, checkpoints, closeness, gain, read_grade, with_reference
 
 PROBLEM = Problem("p/1", "What is 2 + 2?", "Two and two make \\boxed{4}.", "4", "math")
 HOSTILE = [
@@ -100,44 +101,72 @@ def test_readouts(readout):
     assert judge.tokens > 0
 
 
-def test_likelihood_is_the_probability_of_the_references_answer():
+def test_likelihood_is_how_close_a_trace_comes_to_answer_and_checkpoints():
     judge = Judge(tiny.model(seed=1, spread=0.5), tiny.tokenizer(), readout="likelihood")
+    points = ["Two and two are four, as everybody knows.", "So the sum that is asked for is four, too."]
+    problem = replace(PROBLEM, solution=" ".join(points) + "\n\\boxed{4}")
+    assert checkpoints(problem.solution) == points
     steps = ["### a\nfirst ", "### b\n</trace>second"]
-    before, rest = judge.prompt(PROBLEM)
-    target = judge.quote("4}")
+    before, rest = judge.prompt(problem)
 
-    def likelihood(shown):
-        ids = before + [t for step in shown for t in judge.quote(step)] + rest + target
+    def logps(shown, stem, target):
+        target = judge.quote(target)
+        ids = before + [t for step in shown for t in judge.quote(step)] + rest + judge.encode(stem) + target
         with torch.no_grad():
             logp = judge.model(torch.tensor([ids])).logits[0, -len(target) - 1 : -1].log_softmax(-1)
-        return float(logp[range(len(target)), target].mean().exp())
+        return logp[range(len(target)), target].double().numpy()
 
-    empty, *given = (likelihood(steps[:k]) for k in range(3))
-    verdict, = judge.grade([PROBLEM], [steps], "prefix")
-    want = [max(0, (s - empty) / (1 - empty)) for s in given]  # beyond what it is without the work
-    assert max(want) > 0 and verdict.grades == pytest.approx(want, abs=1e-5)
+    def want(shown, answered=True):
+        kinds = [(["\\boxed{", "4}"], lambda x: np.exp(x.mean()))] * answered
+        kinds += [(["", point], lambda x: np.exp(x).mean()) for point in points]
+        gains = []
+        for parts, likelihood in kinds:
+            s, empty = likelihood(logps(shown, *parts)), likelihood(logps([], *parts))
+            gains.append(max(0, (s - empty) / (1 - empty)))  # beyond what it is without the work
+        answer, *met = gains if answered else (0, *gains)
+        return 1 - (1 - answer) * (1 - np.mean(met))
+
+    verdict, = judge.grade([problem], [steps], "prefix")
+    wanted = [want(steps[:k]) for k in (1, 2)]
+    assert max(wanted) > 0 and verdict.grades == pytest.approx(wanted, abs=1e-5)
     shown = judge.tokenizer.decode(before)
-    assert PROBLEM.question in shown and PROBLEM.solution not in shown  # it is to be predicted, not read
-    boxed = replace(PROBLEM, answer="")  # then the reference's box is looked for
+    assert problem.question in shown and points[0] not in shown  # it is to be predicted, not read
+    boxed = replace(problem, answer="")  # then the reference's box is looked for
     assert judge.grade([boxed], ["".join(steps)])[0].grades == pytest.approx(verdict.grades[-1:], abs=1e-5)
-    assert [v.grades[0] for v in judge.grade([PROBLEM] * 2, ["", ""])] == pytest.approx([0, 0], abs=1e-6)
+    proof = replace(boxed, solution=" ".join(points))  # nothing to conclude with: its checkpoints alone
+    assert judge.grade([proof], [steps], "prefix")[0].grades == pytest.approx(
+        [want(steps[:k], False) for k in (1, 2)], abs=1e-5)
+    assert [v.grades[0] for v in judge.grade([problem] * 2, ["", ""])] == pytest.approx([0, 0], abs=1e-6)
     assert gain(0.75, 0.5) == 0.5 and gain(0.25, 0.5) == 0 and gain(1.0, 1.0) == 0
     assert math.isnan(gain(math.nan, 0.5))
+    assert math.isnan(closeness([np.array([math.nan])], [np.array([-1.0])], True))
 
 
-def test_what_has_no_final_answer_is_graded_as_expected():
-    """Programs, proofs, no reference; and a step that is shown alone."""
+@pytest.mark.parametrize("solution, pieces", [
+    ("", []), ("\\boxed{4}", []), ("$$\\boxed{4}$$.\n", []), ("Short.", ["Short."]),
+    ("It is 5 * 3.50 = 17.50 dollars, which leaves 2.\nSo.\n\\boxed{2}",
+     ["It is 5 * 3.50 = 17.50 dollars, which leaves 2.", "So."]),
+    ("One. Two. Three? Now a long one that stands alone.\n\nThe end",
+     ["One. Two. Three? Now a long one that stands alone.", "The end"]),
+    ("def f(x):\n    y = x * x + 1\n    return y\n\nprint(f(2))",
+     ["def f(x):\n    y = x * x + 1", "return y\n\nprint(f(2))"]),
+    ("Then $$\nx = 3\n$$ and\n$$\ny = 2 x = 6.\n$$", ["Then $$\nx = 3\n$$ and", "$$\ny = 2 x = 6.\n$$"]),
+])
+def test_checkpoints_are_the_references_sentences(solution, pieces):
+    assert checkpoints(solution) == pieces
+
+
+@pytest.mark.parametrize("view", ["prefix", "segment"])
+def test_without_a_reference_likelihood_reads_expected(view):
     likely, graded = (Judge(tiny.model(seed=1, spread=0.5), tiny.tokenizer(), readout=readout)
                       for readout in ("likelihood", "expected"))
-    proof = replace(PROBLEM, answer="", solution="No number.")
-    asked = [PROBLEM, proof, PROBLEM], [["### a\n1", "### b\n2"], ["### a\n3", "### b\n4"], ["### a\n5"]]
-    mixed, rubric = likely.grade(*asked, "prefix"), graded.grade(*asked, "prefix")
+    none = with_reference([PROBLEM], "none", likely.no_reference, 0)[PROBLEM.id]
+    asked = [PROBLEM, none, PROBLEM], [["### a\n1", "### b\n2"], ["### a\n3", "### b\n4"], ["### a\n5"]]
+    mixed, rubric = likely.grade(*asked, view), graded.grade(*asked, view)
     assert mixed[1].grades == pytest.approx(rubric[1].grades, abs=1e-5)
-    alone, = likely.grade([PROBLEM], asked[1][:1], "prefix")
+    alone, = likely.grade([PROBLEM], asked[1][:1], view)
     assert mixed[0].grades == pytest.approx(alone.grades, abs=1e-5)
     assert mixed[0].grades != pytest.approx(rubric[0].grades, abs=1e-3)
-    lone, segments = graded.grade(*asked, "segment"), likely.grade(*asked, "segment")
-    assert [v.grades for v in segments] == [pytest.approx(v.grades, abs=1e-5) for v in lone]
 
 
 def test_the_default_readout_is_a_matter_of_size(monkeypatch):
@@ -231,7 +260,7 @@ def test_a_user_adds_a_domain(monkeypatch):
     assert "legal opinions" in judge.tokenizer.decode(shared)
 
 
-@pytest.mark.parametrize("readout", ["expected", "critique"])
+@pytest.mark.parametrize("readout", ["expected", "critique", "likelihood"])
 def test_prefixes_are_graded_as_if_each_stood_alone(readout):
     """One pass over a trace gives what a prompt per prefix gives; a lone segment is something else."""
     judge = Judge(tiny.model(seed=1, spread=0.5), tiny.tokenizer(), readout=readout, reply_tokens=4)
@@ -240,7 +269,7 @@ def test_prefixes_are_graded_as_if_each_stood_alone(readout):
     alone = [judge.grade([PROBLEM], [steps[: k + 1]], "prefix")[0].grades[-1] for k in range(4)]
     assert together[0].grades == pytest.approx(alone, abs=1e-5)
     assert together[1].grades == pytest.approx(alone[:2], abs=1e-5)
-    assert len(set(round(g, 6) for g in alone)) == 4
+    assert len({round(g, 6) for g in alone if g > 0}) == sum(g > 0 for g in alone) > 1
     segments = judge.grade([PROBLEM], [steps], "segment")[0].grades
     lone = [judge.grade([PROBLEM], [[step]], "segment")[0].grades[0] for step in steps]
     assert segments == pytest.approx(lone, abs=1e-5) and segments != pytest.approx(alone, abs=1e-4)

@@ -5,12 +5,14 @@ import re
 import os
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+import sample
 from sample import PAGE, Cache, Sampler, bucket, load_lm, pages_of, resolve_model, trace_noise
 
 
@@ -131,10 +133,14 @@ def test_forks_read_every_cut_in_one_pass():
         Sampler(net).next_logits([[1, 2]], [3], [[(0, [1])]])
 
 
-def test_target_logprobs_are_those_of_a_full_pass():
+@pytest.mark.parametrize("chunk", [2048, 9])
+def test_target_logprobs_are_those_of_a_full_pass(chunk, monkeypatch):
+    """Those of many long suffixes, too, which take several runs behind one prompt."""
+    monkeypatch.setattr(sample, "cut_pieces", partial(sample.cut_pieces, chunk=chunk))
     net = tiny.model(seed=5)
     prompts = [[i % 250 for i in range(80)] + p for p in random_prompts(4, 60, seed=1)]
-    forks = [[(len(p), [7], [5, 6, 9]), (40, [7, 8, 9], [1]), (len(p), [3, 4], [2, 2])] for p in prompts]
+    forks = [[(len(p), [7], [5, 6, 9]), (40, [7, 8, 9], [1]), (len(p), [3, 4], [2, 2]),
+              (50, [5] * 12, [6] * 9), (60, [4], [1])] for p in prompts]
     for sampler in (Sampler(net, prefill_tokens=100), Sampler(net)):
         for covered in (True, False):
             sampler.covered = covered

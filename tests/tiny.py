@@ -79,7 +79,7 @@ def problems_file(path: Path, rows: int = 12) -> Path:
 
 def training_world(home: Path) -> tuple[Path, list[str]]:
     """A policy, a judge and data on disk, with the flags of exprl.py that use them. Readout expected: to a
-    random judge no trace raises the likelihood of the answer: so small a judge's default grades all 0."""
+    random judge few traces raise any likelihood: so small a judge's default grades most of them 0."""
     save(home / "policy", seed=1)
     save(home / "judge", seed=2, spread=0.5)
     problems_file(home / "train.jsonl", 7)
