@@ -560,6 +560,9 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
                         f"looks of a trace, not its agreement with the reference; {remedy}")
     if right["auroc"] < 0.8:
         return "weak", f"{known} is below 0.8; {remedy}"
+    if right["readout"] == "likelihood" and right["grade_correct"] < 3:
+        return "weak", (f"{known}, but it hardly finds the reference's answer in right work, whose mean grade "
+                        f"is {right['grade_correct']:.2f}; {remedy}")
     return "usable", f"{known}" + (f", {drop:.2f} less with a wrong reference" if wrong else "")
 
 

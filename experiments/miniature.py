@@ -67,6 +67,7 @@ METHODS = {  # name -> what differs from `python exprl.py`
     "outcome-likelihood": ["--method", "outcome", *LIKELIHOOD],
     "outcome-likelihood-wrong-reference": ["--method", "outcome", *LIKELIHOOD, "--reference", "wrong"],
     "process-likelihood": ["--method", "process", *LIKELIHOOD],
+    "process-likelihood-step-mean": ["--method", "process", *LIKELIHOOD, "--process-norm", "step-mean"],
     "outcome-no-reference": ["--method", "outcome", "--reference", "none"],
     "outcome-wrong-reference": ["--method", "outcome", "--reference", "wrong"],
     "outcome-noise-0.15": ["--method", "outcome", "--judge", "noise-0.15"],

@@ -62,6 +62,9 @@ def test_calibration_tells_a_judge_that_uses_the_reference():
     wrong = calibrate(Stand(), PROBLEMS, RECORDS, "wrong")
     assert wrong["auroc"] == calibrate(Stand(), PROBLEMS, RECORDS, "none")["auroc"] == 0.5
     assert usable(right, wrong)[0] == "usable"
+    likely = right | {"readout": "likelihood"}
+    assert usable(likely, wrong)[0] == "usable"
+    assert usable(likely | {"grade_correct": 2.0}, wrong)[0] == "weak"  # right work hardly stands out
     word, reason = usable(right, right)  # as good with a wrong reference: it does not look at it
     assert word == "weak" and "reference" in reason
     assert usable(wrong)[0] == "noise"
@@ -131,7 +134,9 @@ def test_the_embedded_judge_is_usable(embedded):
     assert check(Noise(), problems, records)[0] == "noise"
     policy = load_lm(str(mini.FOLDER / "policy"))
     judge = Judge(policy.model, policy.tokenizer, policy.prompts, "likelihood")
-    assert check(judge, problems, records)[0] == "usable"  # untrained for it, it sees partial progress
+    for some in (wrong, records):  # it ranks well, but right work does not stand out
+        word, reason = check(judge, problems, some)
+        assert word == "weak" and "hardly finds the reference's answer" in reason
 
 
 class Noise(Stand):
