@@ -1081,7 +1081,8 @@ class Interrupts:
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # torchrun ends all when one has died: that must not cut off what the others have to say
+            signal.signal(number, handler if ranks() == 1 else signal.SIG_IGN)
 
     def handle(self, number, frame):
         self.waiting = number
