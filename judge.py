@@ -277,14 +277,11 @@ class Judge:
         text = re.sub(r"<(?=\s*/?\s*(?:problem|reference|trace)\b)", "‹", text, flags=re.IGNORECASE)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def looked_for(self, problem: Problem) -> tuple[list[int], list[list[int]]]:
-        """By `likelihood`, as token ids: the final answer, the checkpoints. Both are empty where `expected`
-        is to be read."""
+    def looked_for(self, problem: Problem) -> tuple[str, list[str]]:
+        """By `likelihood`: final answer and checkpoints. Both are empty where `expected` is to be read."""
         if self.readout != "likelihood" or problem.solution == self.no_reference:
-            return [], []
-        answer = problem.answer or last_box(problem.solution)
-        return (self.quote(answer + "}") if answer else [],
-                [self.quote(text) for text in checkpoints(problem.solution)])
+            return "", []
+        return problem.answer or last_box(problem.solution) or "", checkpoints(problem.solution)
 
     def prompt(self, problem: Problem, view: str = "outcome") -> tuple[list[int], list[int]]:
         """The prompt before and behind the trace, as token ids. The first is shared by all of a problem's
@@ -301,7 +298,9 @@ class Judge:
         suffix, or without a target: which digit, or what reply; and is the first target a final answer?"""
         before, behind = self.prompt(problem, view)
         answer, points = self.looked_for(problem)
-        asked = [(behind + self.encode(CONCLUSION), answer)] * bool(answer) + [(behind, p) for p in points]
+        asked = [(behind, self.quote(point)) for point in points]
+        if answer:
+            asked = [(behind + self.encode(CONCLUSION), self.quote(answer + "}")), *asked]
         return before, asked or [(behind + ([] if self.replies else self.stem), [])], bool(answer)
 
     def grade(self, problems: list[Problem], traces: list, view: str = "outcome") -> list[Verdict]:
@@ -561,8 +560,8 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
     if right["auroc"] < 0.8:
         return "weak", f"{known} is below 0.8; {remedy}"
     if right["readout"] == "likelihood" and right["grade_correct"] < 3:
-        return "weak", (f"{known}, but it hardly finds the reference's answer in right work, whose mean grade "
-                        f"is {right['grade_correct']:.2f}; {remedy}")
+        return "weak", (f"{known}, but it hardly finds the reference's answer in right work, whose mean "
+                        f"grade is {right['grade_correct']:.2f}; {remedy}")
     return "usable", f"{known}" + (f", {drop:.2f} less with a wrong reference" if wrong else "")
 
 
