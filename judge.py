@@ -248,7 +248,11 @@ class Judge:
         # A judge of its own prompt writes critique, stem and digit: its critique ends where the stem begins.
         ends = prompts and self.readout == "critique"
         self.stops = [tokenizer.eos_token_id, self.stem[0]] if ends else None
-        self.tokens = 0  # read and written so far
+
+    @property
+    def tokens(self) -> int:
+        """Read and written so far; what lies in shared pages counts once."""
+        return self.sampler.tokens
 
     def check_view(self, view: str) -> None:
         if view not in self.fixed:
@@ -321,7 +325,6 @@ class Judge:
         for i, (problem, key, some) in enumerate(zip(problems, keys, steps)):
             if key not in known:
                 known[key] = self.questions(problem, view)
-                self.tokens += len(known[key][0])
             before, asked, _ = known[key]
             length = max(len(suffix) + len(target) for suffix, target in asked)
             shown: list[int] = []
@@ -337,7 +340,6 @@ class Judge:
                     compared.add(key)
                     forks = [(key, len(before), *pair) for pair in asked] + forks
                 passes.append((before + shown, forks))
-                self.tokens += len(own) + sum(len(suffix) + len(target) for suffix, target in asked)
         found: dict[tuple, list] = {}
         for place, value, text in self.read(passes):
             found.setdefault(place, []).append((value, text))
@@ -381,7 +383,6 @@ class Judge:
                                                          end_ids=self.stops)
             replies = [list(r.token_ids[:-1] if r.finished else r.token_ids) for r in rollouts]
             texts = [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
-            self.tokens += sum(map(len, replies))
         else:
             logits = self.sampler.next_logits([ids for ids, _ in graded], self.digit_ids,
                                               [[fork[1:3] for fork in forks] for _, forks in graded])

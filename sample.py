@@ -394,7 +394,7 @@ def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) 
     With several rows: what follows each of its last tokens?
 
     Suffixes ride behind the last run, and beyond `chunk` tokens of them in runs of their own; the mask lets
-    each see ids[:cut] and itself."""
+    each see ids[:cut] and itself. What one has in common with the one before, at the same cut, it shares."""
     runs = [(a, min(a + chunk, len(ids)), []) for a in range(start, len(ids), chunk)]
     for fork in (fork for fork in forks if fork[1]):
         if sum(len(suffix) for _, suffix, _ in [*runs[-1][2], fork]) > chunk:
@@ -404,14 +404,19 @@ def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) 
     for a, b, tails in runs:
         own, positions = list(ids[a:b]), list(range(a, b))
         reads = [(cut - 1 - a, rows[0]) for cut, suffix, rows in forks if not suffix and a < cut <= b]
+        placed = [(0, [], [])]  # cut, suffix, and where its tokens stand in `own`
         for cut, suffix, rows in tails:
-            own += suffix
-            positions += range(cut, cut + len(suffix))
-            reads += zip(range(len(own) - len(rows), len(own)), rows)
-        mask, at = all_before(len(own), a) if tails else None, b - a
-        for cut, suffix, _ in tails:
-            mask[at : at + len(suffix), cut : a + at] = False
-            at += len(suffix)
+            before, other, where = placed[-1]
+            shared = len(os.path.commonprefix([other, suffix])) if cut == before else 0
+            where = where[:shared] + list(range(len(own), len(own) + len(suffix) - shared))
+            placed.append((cut, suffix, where))
+            own += suffix[shared:]
+            positions += range(cut + shared, cut + len(suffix))
+            reads += zip(where[-len(rows):], rows)
+        mask = all_before(len(own), a) if tails else None
+        for cut, _, where in placed[1:]:
+            mask[where, cut:] = False
+            mask[np.ix_(where, np.add(where, a))] = all_before(len(where), 0)
         pieces.append(Piece(own, positions, a, b - a, pages, reads, mask))
     return pieces
 
@@ -557,6 +562,7 @@ class Sampler:
         self.replay: Graphs | None = None
         self.wanted = 0  # pages asked for when the cache was made
         self.pauses = 0  # traces paused so far for want of memory
+        self.tokens = 0  # that went through the model so far
 
     @torch.inference_mode()
     def sample(
@@ -664,6 +670,7 @@ class Sampler:
 
     def step(self, cache: Cache, rows: Rows) -> None:
         """Feed each row's last token and draw the next."""
+        self.tokens += len(rows.traces)
         if self.replay:
             token, logprob = self.replay(rows.state, rows.temperature, rows.seed)
         else:
@@ -707,6 +714,7 @@ class Sampler:
             [trace_noise(rows.seed, trace.number, rows.max_new_tokens) for trace in traces])).to(device)
         for position in range(rows.max_new_tokens):
             out = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            self.tokens += ids.numel()
             past = out.past_key_values
             token, logprob = choose_token(out.logits[:, -1], rows.temperature, noise[:, position])
             for trace, t, logp in zip(traces, token.tolist(), logprob.tolist()):
@@ -727,6 +735,7 @@ class Sampler:
             ids = torch.tensor([t for piece in some for t in piece.ids], device=device)
             positions = torch.tensor([t for piece in some for t in piece.positions], device=device)
             hidden = self.network(ids, positions, Prefill(cache, some))
+            self.tokens += len(ids)
             reads = [(end - len(piece.ids) + index, row) for end, piece in zip(sizes.tolist(), some)
                      for index, row in piece.reads]
             if reads:
@@ -817,6 +826,7 @@ class Sampler:
             for prompt, some in zip(prompts, forks):
                 for cut, suffix, rows in some:
                     ids = torch.tensor([prompt[:cut] + suffix], device=self.model.device)
+                    self.tokens += ids.numel()
                     store(self.model.base_model(ids, use_cache=False).last_hidden_state[0, -len(rows):], rows)
             return
         longest = pages_of(max(map(len, prompts), default=1))

@@ -284,7 +284,9 @@ def test_all_prefixes_cost_little_more_than_the_trace():
     judge = Judge(tiny.model(seed=1), tiny.tokenizer(), readout="expected")
     steps = ["### step\n" + "x" * 200] * 8
     judge.grade([PROBLEM], ["".join(steps)])
-    whole, judge.tokens = judge.tokens, 0
+    whole = judge.tokens
     judge.grade([PROBLEM], [steps], "prefix")
     rest = len(judge.fixed["prefix"]["math"][3]) + len(judge.stem)
-    assert judge.tokens - whole <= 7 * rest + len(judge.prompt(PROBLEM, "prefix")[0])
+    # the pass, its seven other ends, and the prompts, which are of two views
+    prompts = [len(judge.prompt(PROBLEM, view)[0]) for view in ("outcome", "prefix")]
+    assert judge.tokens - 2 * whole <= 7 * rest + max(0, prompts[1] - prompts[0])

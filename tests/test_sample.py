@@ -1,9 +1,9 @@
 """The sampler against transformers: greedy tokens, teacher-forced log-probs, distribution, refill, limits."""
 
 import json
-import re
 import os
 import random
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -151,6 +151,22 @@ def test_target_logprobs_are_those_of_a_full_pass(chunk, monkeypatch):
                     with torch.no_grad():
                         logp = net(ids).logits[0, -len(target) - 1 : -1].log_softmax(-1)
                     assert torch.allclose(next(got), logp[range(len(target)), target], atol=1e-4)
+
+
+def test_suffixes_that_start_alike_are_computed_once():
+    """The judge's likelihoods: one ask, several targets, behind one cut and another."""
+    net, ask = tiny.model(seed=5), [7, 8, 9, 10, 11]
+    prompts = [[i % 250 for i in range(80)] + p for p in random_prompts(3, 60, seed=2)]
+    targets = [[5, 6, 9], [5, 6, 4, 1], [3], [2, 2]]
+    forks = [[(cut, ask, target) for cut in (60, len(p)) for target in targets] for p in prompts]
+    sampler = Sampler(net)
+    got = iter(sampler.target_logprobs(prompts, forks))
+    for p, some in zip(prompts, forks):
+        for fork in some:
+            alone, = Sampler(net).target_logprobs([p], [[fork]])
+            assert torch.allclose(next(got), alone, atol=1e-5)
+    # behind each cut: the ask with 5 6, then 4, nothing, 2; of the prompts the first page is the same
+    assert sampler.tokens == sum(map(len, prompts)) - 2 * PAGE + len(prompts) * 2 * (len(ask) + 4)
 
 
 @pytest.mark.parametrize("pages", [None, 7])
