@@ -62,7 +62,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Problem, is_correct
+from data import MINIATURE, Problem, is_correct
 from judge import HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
@@ -73,8 +73,6 @@ from transformers import AttentionInterface  # behind sample: see the note there
 
 # The name has no mask function registered with it, so transformers builds no mask.
 AttentionInterface.register("exprl_packed", packed_attention)
-
-MINIATURE = Path(__file__).parent / "data" / "miniature"
 
 
 @dataclass(frozen=True)

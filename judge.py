@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Problem, is_correct
+from data import MINIATURE, Problem, is_correct
 from data.answers import last_box
 from sample import LM, Help, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, traces_of
 from sample import jsonl, write_atomically
@@ -763,8 +763,9 @@ def main() -> None:
                     "compare with exact match. A judge to train on ranks right traces first (AUROC near 1)\n"
                     "and loses that with a wrong reference.",
         epilog=EXAMPLES, usage="python judge.py [flags]", formatter_class=Help)
-    parser.add_argument("--judge", default="data/miniature/judge", help="folder, hub id, or well-known name")
-    parser.add_argument("--data", nargs="+", default=["data/miniature/dev.jsonl"],
+    parser.add_argument("--judge", default=str(MINIATURE / "judge"),
+                        help="folder, hub id, or well-known name")
+    parser.add_argument("--data", nargs="+", default=[str(MINIATURE / "dev.jsonl")],
                         help="files or hub data set ids; science=FILE names the domain of a file's rows")
     parser.add_argument("--traces", help="JSONL of `sample.py --out` on this data; default: sampled first")
     parser.add_argument("--policy", help="who writes them; default: the judge's model or the embedded policy")
@@ -794,7 +795,7 @@ def main() -> None:
     dtype = pick_dtype(args.dtype, device)
     lm = load_lm(args.judge, device, dtype)
     if args.judge == parser.get_default("judge"):
-        args.policy = args.policy or "data/miniature/policy"
+        args.policy = args.policy or str(MINIATURE / "policy")
     policy = load_lm(args.policy, device, dtype) if args.policy else lm
     if records is None:
         problems = problems[: -(-args.limit // args.n)]

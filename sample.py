@@ -51,7 +51,7 @@ del sys.modules["kernels"]
 if _ours is not None:
     sys.modules["kernels"] = _ours
 
-from data import Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
+from data import MINIATURE, Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
 from kernels import choose_token, paged_attention, plan_pages, token_logprob  # noqa: E402
 from kernels.choose_token import triton, triton_choose  # noqa: E402
 from kernels.token_logprob import product_dtype  # noqa: E402
@@ -1084,9 +1084,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sample a data set and print pass@k with 95% intervals.",
                                      epilog=EXAMPLES, usage="python sample.py [flags]", formatter_class=Help)
     add = parser.add_argument_group("models and data").add_argument
-    add("--model", default="data/miniature/policy", help="folder, hub id, or bare well-known name")
+    add("--model", default=str(MINIATURE / "policy"), help="folder, hub id, or bare well-known name")
     add("--against", metavar="MODEL", help="sample a second model, too, and print the paired difference")
-    add("--data", nargs="+", default=["data/miniature/eval.jsonl"], help="files or hub data set ids")
+    add("--data", nargs="+", default=[str(MINIATURE / "eval.jsonl")], help="files or hub data set ids")
     add("--limit", type=int, help="only the first so many problems")
     add("--max-prompt-tokens", type=int, default=2048, help="longer questions are reported and left out")
     add("--skip-bad-rows", action="store_true", help="count and drop bad rows instead of stopping")

@@ -444,6 +444,11 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
     assert bad.returncode and "--k" in bad.stderr
 
 
+@pytest.mark.parametrize("program", ["sample.py", "judge.py"])
+def test_a_program_finds_its_default_from_any_folder(program, tmp_path):
+    tiny.run(tiny.ROOT / program, "--n", 2, "--limit", 2, "--max-new-tokens", 2, cwd=tmp_path)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("graphs", [True, False])

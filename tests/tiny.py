@@ -125,9 +125,9 @@ def start(*command, **kwargs) -> subprocess.Popen:
                             **kwargs)
 
 
-def run(*command, check=True, env=None, **kwargs) -> subprocess.CompletedProcess:
+def run(*command, check=True, env=None, cwd=ROOT, **kwargs) -> subprocess.CompletedProcess:
     """A program of the project as a real subprocess, from the repository's root, on one thread, offline."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
                           env=os.environ | ENVIRONMENT | (env or {}), **kwargs)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
