@@ -65,6 +65,7 @@ METHODS = {  # name -> what differs from `python exprl.py`
     "outcome-generate": ["--method", "outcome", "--readout", "generate"],
     # the frozen start as judge: how likely does the trace make the reference's answer and checkpoints?
     "outcome-likelihood": ["--method", "outcome", *LIKELIHOOD],
+    "outcome-likelihood-mean": ["--method", "outcome", *LIKELIHOOD, "--norm", "mean"],
     "outcome-likelihood-wrong-reference": ["--method", "outcome", *LIKELIHOOD, "--reference", "wrong"],
     "process-likelihood": ["--method", "process", *LIKELIHOOD],
     "process-likelihood-step-mean": ["--method", "process", *LIKELIHOOD, "--process-norm", "step-mean"],
