@@ -30,6 +30,7 @@ import os
 import platform
 import sys
 import time
+import weakref
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,9 @@ from kernels.choose_token import triton, triton_choose  # noqa: E402
 from kernels.token_logprob import product_dtype  # noqa: E402
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would tear ours
+# On Hopper torch takes cuDNN's attention first, which builds (tens of ms) and keeps a plan for every new
+# shape: here every prompt and every micro-batch has its own.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # One constant for training, Stage II and evaluation: a model must not meet a new prompt when it is measured.
 SYSTEM_PROMPT = (
@@ -915,8 +919,10 @@ class Graphs:
 
     def __init__(self, sampler: Sampler, cache: Cache, rows: int, width: int, addresses: list[int]):
         device = sampler.model.device
-        self.sampler, self.cache, self.addresses = sampler, cache, addresses
+        # A proxy, since a cycle would keep cache and graphs until a collection, perhaps one inside a capture.
+        self.sampler, self.cache, self.addresses = weakref.proxy(sampler), cache, addresses
         self.graphs, self.memory = {}, None
+        self.stream = torch.cuda.Stream(device)  # torch.cuda.graph's own lies on the device of its first use
         self.host = torch.zeros(bucket(rows), FIRST_PAGE + width, dtype=torch.int32, pin_memory=True)
         self.state = self.host.to(device)
         self.temperature = torch.ones(1, device=device)
@@ -935,29 +941,30 @@ class Graphs:
         self.seed.fill_(seed % 2**63)
         if size not in self.graphs:
             self.capture(size)
-        graph, drawn, logits = self.graphs[size]
+        graph, drawn = self.graphs[size]
         graph.replay()
         drawn = drawn.cpu().numpy()  # waits for the step: from here on the host buffer may be written again
-        return drawn[:count, 0].astype(np.int32), drawn[:count, 1], logits
+        return drawn[:count, 0].astype(np.int32), drawn[:count, 1]
 
     def compute(self, state):
         logits = self.sampler.decode(self.cache, state)
         token, logprob = triton_choose(logits, self.temperature, self.seed, state[:, TRACE],
                                        state[:, POSITION])
-        return torch.stack([token.float(), logprob], 1), logits  # a float32 holds every id below 2^24
+        return torch.stack([token.float(), logprob], 1)  # a float32 holds every id below 2^24
 
     def capture(self, size: int) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels and allocates workspaces outside the capture
-                self.compute(self.state[:size])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            drawn, logits = self.compute(self.state[:size])
+        with torch.cuda.device(self.state.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(2):  # compiles kernels and allocates workspaces outside the capture
+                    self.compute(self.state[:size])
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: what other threads do meanwhile (NCCL's) does not concern the capture
+            with torch.cuda.graph(graph, self.memory, self.stream, "thread_local"):
+                drawn = self.compute(self.state[:size])
         self.memory = self.memory or graph.pool()
-        self.graphs[size] = graph, drawn, logits
+        self.graphs[size] = graph, drawn
 
 
 def bucket(rows: int) -> int:
