@@ -120,7 +120,7 @@ class Settings:
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.28  # and above 1 + this (clip-higher)
     dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
-    microbatch_tokens: int = 16384  # rows x longest row per forward and backward: lower if memory runs out
+    microbatch_tokens: int = 8192  # rows x longest row per forward and backward: lower if memory runs out
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
     # run
     seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
@@ -768,7 +768,9 @@ def load_state(settings: Settings, weights: str | None) -> State:
         policy.model.set_attn_implementation("exprl_packed")
     sampling = policy.model
     if dtype != torch.float32 or ranks() > 1:
-        sampling = copy.deepcopy(policy.model).to(device, dtype).requires_grad_(False).eval()
+        sampling = copy.deepcopy(policy.model).to(device).requires_grad_(False).eval()
+        for parameter in sampling.parameters():  # model.to(dtype) would round the rotary frequencies, too
+            parameter.data = parameter.data.to(dtype)
     judge, reference = None, None
     judged = settings.method in JUDGED
     own_judge = judged and (settings.judge_device != ""
