@@ -1,18 +1,23 @@
 """The sampler against transformers: greedy tokens, teacher-forced log-probs, distribution, refill, limits."""
 
+import gc
 import json
 import os
 import random
 import re
+import weakref
 from collections import Counter
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
 import sample
+from kernels.paged_attention import triton_paged_attention
 from sample import PAGE, Cache, Sampler, bucket, load_lm, pages_of, resolve_model, trace_noise
 
 
@@ -447,6 +452,63 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
 @pytest.mark.parametrize("program", ["sample.py", "judge.py"])
 def test_a_program_finds_its_default_from_any_folder(program, tmp_path):
     tiny.run(tiny.ROOT / program, "--n", 2, "--limit", 2, "--max-new-tokens", 2, cwd=tmp_path)
+
+
+class EagerGraph:
+    """Stands for torch.cuda.CUDAGraph where there is none: what was captured last is computed again."""
+
+    def replay(self):
+        graphs, state, drawn = self.captured
+        drawn.copy_(sample.Graphs.compute.__wrapped__(graphs, state))
+
+    def pool(self):
+        return (0, 1)
+
+
+def test_graphs_decode_as_the_plain_path_does(monkeypatch):
+    """All of Graphs but the capture itself, with the kernels in the interpreter: a host buffer, padding rows,
+    refill and pauses, generate's tokens, teacher-forced log-probs, noise that does not depend on the batch."""
+    calls, compute, zeros = [], sample.Graphs.compute, torch.zeros
+
+    @wraps(compute)
+    def noted(graphs, state):
+        calls.append((weakref.proxy(graphs), state, compute(graphs, state)))
+        return calls[-1][2]
+
+    @contextmanager
+    def capture(graph, pool, stream, mode):
+        yield
+        graph.captured = calls[-1]
+
+    monkeypatch.setattr(sample.Graphs, "compute", noted)
+    monkeypatch.setattr(sample, "paged_attention", lambda q, k, v, table, lengths, scaling, plan:
+                        triton_paged_attention(q, k, v, table, lengths, scaling))
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in dict(Stream=lambda device: stream, current_stream=lambda: stream,
+                           CUDAGraph=EagerGraph, graph=capture,
+                           device=nullcontext, stream=nullcontext, device_of=nullcontext,
+                           get_device_properties=lambda device: SimpleNamespace(multi_processor_count=132),
+                           ).items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    net, prompts = tiny.model(seed=2), random_prompts(6, 50)
+    sampler = Sampler(net, max_rows=5, cache_gb=9 * page_bytes(net) / 2**30)
+    sampler.graphs = True
+    for prompt, rollout in zip(prompts, sampler.sample(prompts, 1, 6, temperature=0)):
+        assert list(rollout.token_ids) == generate(net, prompt, 6)
+    rollouts = sampler.sample(prompts[:2], 2, 3, 0.7, seed=3)
+    alone = sampler.sample(prompts[:1], 2, 3, 0.7, seed=3)
+    assert [r.token_ids for r in alone] == [r.token_ids for r in rollouts[:2]]
+    for r in rollouts:
+        assert r.logprobs == pytest.approx(teacher_forced(net, r, 0.7), abs=1e-4)
+    gone = weakref.ref(sampler.replay)
+    gc.disable()  # a capture must not meet old graphs in a garbage collection: they go with their sampler
+    try:
+        calls.clear()
+        del sampler
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
