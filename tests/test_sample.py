@@ -467,7 +467,7 @@ class EagerGraph:
 
 def test_graphs_decode_as_the_plain_path_does(monkeypatch):
     """All of Graphs but the capture itself, with the kernels in the interpreter: a host buffer, padding rows,
-    refill and pauses, generate's tokens, teacher-forced log-probs, noise that does not depend on the batch."""
+    refill, generate's tokens, teacher-forced log-probs, noise that does not depend on the batch."""
     calls, compute, zeros = [], sample.Graphs.compute, torch.zeros
 
     @wraps(compute)
@@ -492,7 +492,7 @@ def test_graphs_decode_as_the_plain_path_does(monkeypatch):
                            ).items():
         monkeypatch.setattr(torch.cuda, name, stub)
     net, prompts = tiny.model(seed=2), random_prompts(6, 50)
-    sampler = Sampler(net, max_rows=5, cache_gb=9 * page_bytes(net) / 2**30)
+    sampler = Sampler(net, max_rows=5)
     sampler.graphs = True
     for prompt, rollout in zip(prompts, sampler.sample(prompts, 1, 6, temperature=0)):
         assert list(rollout.token_ids) == generate(net, prompt, 6)
