@@ -270,7 +270,7 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
         "length": tokens / len(records),
         "headings": mean(len(HEADING.findall(r["text"])) for r in records),
         "cut_off": mean(not r["finished"] for r in records),
-        "unread": mean(None in r["grades"] for r in records),
+        "unread": mean(None in r["grades"] and r["judge"] != CUT_OFF for r in records),  # --overlong drop
         "zero_groups": mean(not any(moving[i : i + group]) for i in range(0, len(records), group)),
     }
     domains = sorted({r["domain"] for r in records})
@@ -769,7 +769,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
     sampling = policy.model
     if dtype != torch.float32 or ranks() > 1:
         sampling = copy.deepcopy(policy.model).to(device, dtype).requires_grad_(False).eval()
-    judge, reference = None, None
+    judge, grader, reference = None, None, None
     judged = settings.method in JUDGED
     own_judge = judged and (settings.judge_device != ""
                             or resolve_model(settings.judge) != resolve_model(settings.model))
@@ -777,12 +777,13 @@ def load_state(settings: Settings, weights: str | None) -> State:
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
         reference.model.set_attn_implementation(policy.model.config._attn_implementation)
-    room = settings.cache_gb or cache_room(policy.model, device)
+    judge_device = own_device(settings.judge_device or settings.device)
     if judged:
-        judge_device = own_device(settings.judge_device) if settings.judge_device else device
-        lm = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
-        lm.model.requires_grad_(False)
-        judge = Judge(lm.model, lm.tokenizer, lm.prompts, settings.readout or None,
+        grader = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
+        grader.model.requires_grad_(False)
+    room = settings.cache_gb or cache_room(policy.model, device)  # of what all models leave free
+    if judged:
+        judge = Judge(grader.model, grader.tokenizer, grader.prompts, settings.readout or None,
                       max_rows=settings.max_rows, cache_gb=room if judge_device == device else None)
         judge.check_view(settings.step_view if settings.method == "process" else "outcome")
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
@@ -1023,7 +1024,8 @@ def explain(error: BaseException, phase: str = "loading") -> str:
         return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
                 f"({str(error).splitlines()[0]})")
     if isinstance(error, (OSError, SafetensorError)):
-        return f"writing failed while {phase}: {error}\nmake room on the disk, or allow writing there"
+        return (f"reading or writing failed while {phase}: {error}\n"
+                "make room on the disk, or allow reading and writing there")
     return f"process {rank()} failed while {phase}:\n{''.join(traceback.format_exception(error))}"
 
 
@@ -1232,11 +1234,13 @@ def closing_table(run: Path, settings: Settings) -> str:
     evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "accuracy" not in m]
     if not evaluations:
         return ""
-    rows = [f"{'held-out problems':20s}"
-            + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in settings.eval_k)]
-    for name, m in (("before", evaluations[0]), ("after", evaluations[-1])):
+    before, after = evaluations[0], evaluations[-1]
+    # a resumed run may ask for others than it began with
+    ks = [k for k in settings.eval_k if f"pass@{k}" in before.keys() & after.keys()]
+    rows = [f"{'held-out problems':20s}" + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in ks)]
+    for name, m in (("before", before), ("after", after)):
         cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} "
-                 for k in settings.eval_k)
+                 for k in ks)
         rows.append(f"{name + ', step ' + str(m['step']):20s}" + " ".join(cells))
     return "\n".join(rows)
 
@@ -1305,11 +1309,12 @@ def command_line() -> argparse.ArgumentParser:
                                      description=__doc__[: __doc__.index("Departures")],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS,
-                        help="a set of defaults, which flags still change; without --model the miniature's; "
-                             "paper and paper-stage2 are the authors' hyperparameters")
-    parser.add_argument("--resume", type=Path, metavar="RUN",
-                        help="go on from the newest checkpoint of this run's folder, with its settings")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--preset", choices=PRESETS,
+                      help="a set of defaults, which flags still change; without --model the miniature's; "
+                           "paper and paper-stage2 are the authors' hyperparameters")
+    base.add_argument("--resume", type=Path, metavar="RUN",
+                      help="go on from the newest checkpoint of this run's folder, with its settings")
     source = Path(__file__).read_text().split("class Settings:")[1].split("\n\n\n")[0]
     for title, name, text in re.findall(r"^    (?:# (.+)|(\w+): [^#\n]+# (.+))$", source, re.MULTILINE):
         if title:
@@ -1325,7 +1330,7 @@ def command_line() -> argparse.ArgumentParser:
                            metavar=None if name in CHOICES else name.split("_")[-1].upper())
             shown = " ".join(map(str, default)) if several else str(default)
             text += f" (default: {shown})" if shown else ""
-        group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+        group.add_argument(flag(name), help=text.replace("%", "%%"), **options)
     return parser
 
 
@@ -1364,17 +1369,25 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     return replace(settings, judge=settings.judge or settings.model), resume
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def complaints(s: Settings) -> list[tuple[bool, str]]:
     """What may be wrong with settings, before any long work starts: (is it so, message)."""
     counts = ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows",
               "eval_n", "keep")
-    return [(getattr(s, name) < 1, f"--{name.replace('_', '-')} must be at least 1") for name in counts] + [
+    return [
+        *((getattr(s, name) < 1, f"{flag(name)} must be at least 1") for name in counts),
+        *((value != value, f"{flag(name)} must be a number") for name, value in vars(s).items()),
         (s.temperature <= 0, "--temperature must be above 0: greedy traces of a problem are all the same"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),
         (s.group < 2, "--group must be at least 2: a trace is compared with the others of its problem"),
         (s.updates > 1 and s.method in ("sft", "distill"),
          f"--method {s.method} has no ratio to clip: --updates must be 1"),
+        (s.method == "distill" and s.distill_kl == "full" and (s.kl != 0 or s.entropy_bonus != 0),
+         "--distill-kl full is a loss of its own: --kl and --entropy-bonus must be 0"),
         (s.updates * ranks() > s.questions,
          "--questions must be at least --updates x processes: in each update each needs a problem"),
         (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
