@@ -832,11 +832,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                 (moments if key else weights)[f"{name}:{key}" if key else name] = value.contiguous()
     files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
     with together():
-        if rank() == 0:
-            for torn in tmp.parent.glob("*.tmp"):
-                shutil.rmtree(torn)
-            tmp.mkdir(parents=True)
-    with together():
+        tmp.mkdir(parents=True, exist_ok=True)
         save_file(weights, tmp / ("model" + part), {"format": "pt"})
         save_file(moments, tmp / ("optimizer" + part))
         if rank() == 0:
@@ -881,12 +877,13 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def verify(checkpoint: Path) -> None:
-    """Raises ValueError if a file of the checkpoint is not as it was written."""
-    sums = checkpoint / "sha256.json"
-    for name, digest in (json.loads(sums.read_text()) if sums.exists() else {sums.name: ""}).items():
-        if not (checkpoint / name).exists() or sha256(checkpoint / name) != digest:
-            raise ValueError(f"{name} is damaged or missing")
+def damage(checkpoint: Path) -> str:
+    """What of a checkpoint is not as it was written, if anything."""
+    try:
+        sums = json.loads((checkpoint / "sha256.json").read_text())
+        return ", ".join(name for name, digest in sums.items() if sha256(checkpoint / name) != digest)
+    except (OSError, ValueError) as error:  # a file is gone, or the sums are damaged themselves
+        return str(error)
 
 
 def restore(state: State, checkpoint: Path) -> None:
@@ -914,21 +911,12 @@ def save_model(state: State, run: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     replace(state.policy, model=state.sampling).save(tmp)  # the masters, rounded to the dtype
-    old = run / "model.old"
-    if target.exists():
-        target.rename(old)
+    shutil.rmtree(target, ignore_errors=True)  # after a kill here --resume writes it again
     publish(tmp, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def fingerprint(problems: list[Problem]) -> str:
     return hashlib.sha256(json.dumps([dataclasses.astuple(p) for p in problems]).encode()).hexdigest()[:16]
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again."""
-    if path.exists():
-        write_atomically(path, jsonl([r for r in read_jsonl(path) if r["step"] <= step]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1108,8 +1096,11 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
     """Steps until settings.steps, each logged before the next begins, with evaluations and checkpoints."""
     metrics_file, rollouts_file = run / "metrics.jsonl", run / "rollouts.jsonl"
     with together():
-        for path in (metrics_file, rollouts_file) if rank() == 0 else ():
-            keep_until(path, state.step)
+        if rank() == 0:  # what a kill left: torn saves, and lines of steps that will be done again
+            for torn in run.glob("checkpoints/*.tmp"):
+                shutil.rmtree(torn)
+            for path in (metrics_file, rollouts_file):
+                write_atomically(path, jsonl([r for r in read_jsonl(path) if r["step"] <= state.step]))
     logged = read_jsonl(metrics_file)
     evaluated = {m["step"] for m in logged if "accuracy" not in m}
     history = [m for m in logged if "accuracy" in m]
@@ -1422,13 +1413,11 @@ def resume_run(run: Path, settings: Settings) -> State:
     """The state of the newest checkpoint that is as it was written."""
     checkpoint, saved = None, complete_checkpoints(run)
     for candidate in reversed(saved):
-        try:
-            with together():
-                verify(candidate)
+        damaged = gather(damage(candidate) if rank() == 0 else None)[0]  # one reads it, for all
+        if not damaged:
             checkpoint = candidate
             break
-        except (Stop, ValueError) as error:
-            print(f"cannot use {candidate}: {error}", file=sys.stderr)
+        print(f"cannot use {candidate}, damaged or missing: {damaged}", file=sys.stderr)
     if saved and not checkpoint:
         raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new run, "
                          "with the weights of one of them if they load: --model CHECKPOINT")
