@@ -164,9 +164,8 @@ PRESETS = {
     "paper-stage2": {
         "": dict(method="grpo", questions=32, group=32, steps=500, max_new_tokens=16384,
                  max_prompt_tokens=4096, temperature=0.8, lr=1e-6, kl=0.0, norm="mean", overlong="judge",
-                 clip_low=1.0, clip_high=4.0,
-                 entropy_bonus=1e-4, grad_clip=0.3, save_every=50, eval_every=50,
-                 checkpoint_activations=True),
+                 clip_low=1.0, clip_high=4.0, entropy_bonus=1e-4, grad_clip=0.3, save_every=50,
+                 eval_every=50, checkpoint_activations=True),
     },
 }
 JUDGED = ("outcome", "process")  # the methods that need a judge
@@ -462,9 +461,8 @@ def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], start
     starts, device = starts or {}, batch.mask.device
     verdicts = tuple(verdicts[i] for i in range(len(batch.lengths)))
     n_steps = torch.tensor([len(v.grades) for v in verdicts], device=device)
-    grades = torch.zeros(len(verdicts), max(1, int(n_steps.max())), device=device)
-    for i, v in enumerate(verdicts):
-        grades[i, :len(v.grades)] = torch.tensor(v.grades)
+    grades = pad_sequence([torch.tensor(v.grades or (0.0,), dtype=torch.float32) for v in verdicts],
+                          batch_first=True).to(device)  # (N,S)
     step_ids = torch.where(batch.mask, 0, -1)
     for i, opens in starts.items():
         opens = torch.tensor(opens[:max(1, len(verdicts[i].grades))])  # not graded by step: one step
@@ -474,9 +472,7 @@ def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], start
     process_norm = settings.process_norm.replace("-", "_")
     advantages = torch.zeros_like(batch.sampled_logp)
     for rows, norm in ((~by_step, settings.norm), (by_step, process_norm)):
-        if rows.any():
-            advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group,
-                                                norm)
+        advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group, norm)
     if process_norm == "delta" and settings.step_credit == "score":
         lone = by_step & (n_steps == 1)
         advantages[lone] = grades[lone, :1].nan_to_num() * batch.mask[lone]
@@ -561,11 +557,10 @@ def predictors(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor):
     return hidden[:, :-1][after], ids[:, 1:][after]
 
 
-def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
+def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
     """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order."""
-    with amp or nullcontext():
-        hidden, tokens = predictors(lm, ids, mask)
-        return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)
+    hidden, tokens = predictors(lm, ids, mask)
+    return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)
 
 
 def microbatches(rows: list[int], lengths: list[int], budget: int, group: int = 1) -> list[list[int]]:
@@ -590,13 +585,13 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     sft = settings.method == "sft"
     temperature = 1.0 if sft else settings.temperature  # the sampled distribution is the trained one
     groups = torch.arange(len(batch.lengths)).view(-1, 1 if sft else settings.group)
-    first, *later = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if len(part)]
+    first, *later = (part.flatten().tolist() for part in groups.tensor_split(settings.updates))
     # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
     # 1 and needs no pass; the later ones need theirs before the weights move.
     if later:
         sampled_with = state.policy.model if ranks() == 1 else state.sampling
-        old_logp = all_logprobs(sampled_with, settings, batch, sum(later, []), state.amp())
-        batch = replace(batch, old_logp=old_logp)
+        with state.amp():
+            batch = replace(batch, old_logp=all_logprobs(sampled_with, settings, batch, sum(later, [])))
     norms, sums = [], torch.zeros(6, dtype=torch.float64)
     for part in (first, *later):
         rows = [row for row in part if batch.read[row]]
@@ -610,8 +605,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
         idle = max(gather(len(passes))) - len(passes)
         for own, rows in [(1, rows) for rows in passes] + [(0, [int(np.argmin(batch.lengths))])] * idle:
             micro = batch.pick(rows)
-            on_policy = part is first
-            old_logp = None if on_policy else micro.old_logp[micro.mask]
+            old_logp = None if part is first else micro.old_logp[micro.mask]
             if micro.teacher:
                 head = partial(distillation_head, state, settings, micro, denominator)
             else:
@@ -627,7 +621,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
             with state.amp():
                 out = state.trainee(micro.ids, micro.mask, head)
             (out.loss * own).backward()
-            gap = ((out.logp if on_policy else old_logp) - micro.sampled_logp[micro.mask]).exp() - 1
+            gap = ((out.logp if old_logp is None else old_logp) - micro.sampled_logp[micro.mask]).exp() - 1
             if own:
                 sums += torch.stack([micro.mask.sum(), out.entropy.sum(), out.kl.sum(), gap.abs().sum(),
                                      out.clipped.sum(), -out.logp.sum()]).double().cpu()
@@ -656,12 +650,12 @@ def distillation_head(state, settings, micro: Batch, denominator, hidden, weight
 
 
 @torch.no_grad()
-def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows, amp=None) -> torch.Tensor:
+def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows) -> torch.Tensor:
     """(N,T) log-probs of the tokens of `rows` under lm's present weights, zero elsewhere."""
     out = torch.zeros_like(batch.sampled_logp)
     for part in microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group):
         micro = batch.pick(part)
-        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature, amp)[0]
+        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature)[0]
         out[part, :micro.mask.shape[1]] = micro.sampled_logp
     return out
 
@@ -682,10 +676,12 @@ def optimizer_step(state, settings, lr: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(state.policy.model.parameters(), settings.grad_clip)
     norm = float(whole(norm))
     if math.isfinite(norm):
+        state.bad_updates = 0
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.step()
         state.refresh_sampling_weights()
-    state.bad_updates = 0 if math.isfinite(norm) else state.bad_updates + 1
+    else:
+        state.bad_updates += 1
     state.optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -750,16 +746,13 @@ def load_state(settings: Settings, weights: str | None) -> State:
               file=sys.stderr)
     train = problems_or_exit(settings.data, "train", skip_bad_rows=settings.skip_bad_rows,
                              need_solution=settings.method != "grpo" and settings.reference != "none")
-    held_out = []
-    if settings.eval_data:
-        held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
+    held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     train = fit(policy, train, settings, "training")
     held_out = fit(policy, held_out[: settings.eval_limit], settings, "held-out")
     if not train:
         raise SystemExit("no training problem is left: raise --max-prompt-tokens or lower --max-new-tokens")
-    policy.model.requires_grad_(True)
     if settings.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers checkpoints only in training mode; these families have no dropout by default
@@ -1157,9 +1150,10 @@ def check_judge(state: State, settings: Settings, bar) -> None:
             records = traces_of(state.policy, problems, 4, settings.max_new_tokens, settings.temperature,
                                 settings.seed, sampler=state.sampler)
             word, reason = check(state.judge, problems, records, settings.seed)
-            bar.write(f"judge, on {len(problems)} problems: {word}; {reason}" + (
-                "" if word == "usable" else "\n  WARNING: calibrate it with `python judge.py` before you "
-                "trust this run (--check-judge 0 skips this check)"))
+            bar.write(f"judge, on {len(problems)} problems: {word}; {reason}")
+            if word != "usable":
+                bar.write("  WARNING: calibrate it with `python judge.py` before you trust this run "
+                          "(--check-judge 0 skips this check)")
 
 
 def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
@@ -1330,12 +1324,10 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     parser = command_line()
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if resume:
         if not (resume / "config.json").exists():
             parser.error(f"--resume {resume}: no config.json there; name a run's folder")
-        saved = json.loads((resume / "config.json").read_text())["settings"]
-        base = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        base = json.loads((resume / "config.json").read_text())["settings"]
         for name in ("model", "data", "seed", "questions", "group", "out"):
             if given.get(name, base[name]) != base[name]:
                 parser.error(f"--resume continues the same run: --{name} cannot change")
@@ -1349,7 +1341,8 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
             print(f"preset {preset}, {method}: {shown}", file=sys.stderr)
         if named == "miniature" and "data" in given:
             base = base | {"eval_data": ()}
-    settings = Settings(**(base | given))
+    values = (base | given).items()  # JSON and argparse make lists
+    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
     if not settings.model:
         parser.error("--model is missing: this preset needs one")
     if not settings.eval_data and settings.data == Settings.data:
