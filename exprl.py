@@ -124,7 +124,7 @@ class Settings:
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
     # run
     seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
-    eval_every: int = 50  # evaluate every so many steps, and before the first and after the last; 0 = never
+    eval_every: int = 50  # evaluate before the first step, after the last and every so many; 0 = none between
     eval_limit: int = 200  # only the first so many held-out problems
     eval_n: int = 4  # traces per held-out problem
     eval_k: tuple[int, ...] = (1, 4)  # pass@k for these k
@@ -557,10 +557,11 @@ def predictors(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor):
     return hidden[:, :-1][after], ids[:, 1:][after]
 
 
-def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-    """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order."""
+@torch.no_grad()
+def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of the tokens at `mask` (N,T), of a model that is not trained by them -> flat (M,)."""
     hidden, tokens = predictors(lm, ids, mask)
-    return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)
+    return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)[0]
 
 
 def microbatches(rows: list[int], lengths: list[int], budget: int, group: int = 1) -> list[list[int]]:
@@ -609,10 +610,8 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
             if micro.teacher:
                 head = partial(distillation_head, state, settings, micro, denominator)
             else:
-                ref_logp = None
-                if settings.kl > 0:
-                    with torch.no_grad():
-                        ref_logp, _ = logprobs(state.reference, micro.ids, micro.mask, temperature)
+                ref_logp = (logprobs(state.reference, micro.ids, micro.mask, temperature)
+                            if settings.kl > 0 else None)
                 head = partial(policy_head, advantages=micro.advantages[micro.mask], old_logp=old_logp,
                                ref_logp=ref_logp, temperature=temperature, denominator=denominator,
                                clip_low=settings.clip_low, clip_high=settings.clip_high,
@@ -649,13 +648,12 @@ def distillation_head(state, settings, micro: Batch, denominator, hidden, weight
     return HeadLoss((loss * micro.advantages[micro.mask]).sum() / denominator, logp, entropy, none, none)
 
 
-@torch.no_grad()
 def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows) -> torch.Tensor:
     """(N,T) log-probs of the tokens of `rows` under lm's present weights, zero elsewhere."""
     out = torch.zeros_like(batch.sampled_logp)
     for part in microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group):
         micro = batch.pick(part)
-        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature)[0]
+        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature)
         out[part, :micro.mask.shape[1]] = micro.sampled_logp
     return out
 
@@ -762,7 +760,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
     sampling = policy.model
     if dtype != torch.float32 or ranks() > 1:
         sampling = copy.deepcopy(policy.model).to(device, dtype).requires_grad_(False).eval()
-    judge, grader, reference = None, None, None
+    judge, reference = None, None
     judged = settings.method in JUDGED
     own_judge = judged and (settings.judge_device != ""
                             or resolve_model(settings.judge) != resolve_model(settings.model))
@@ -771,11 +769,10 @@ def load_state(settings: Settings, weights: str | None) -> State:
         reference.model.requires_grad_(False)
         reference.model.set_attn_implementation(policy.model.config._attn_implementation)
     judge_device = own_device(settings.judge_device or settings.device)
-    if judged:
-        grader = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
-        grader.model.requires_grad_(False)
+    grader = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
     room = settings.cache_gb or cache_room(policy.model, device)  # of what all models leave free
     if judged:
+        grader.model.requires_grad_(False)
         judge = Judge(grader.model, grader.tokenizer, grader.prompts, settings.readout or None,
                       max_rows=settings.max_rows, cache_gb=room if judge_device == device else None)
         judge.check_view(settings.step_view if settings.method == "process" else "outcome")
@@ -870,13 +867,16 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def damage(checkpoint: Path) -> str:
-    """What of a checkpoint is not as it was written, if anything."""
+def intact(checkpoint: Path) -> bool:
+    """Is each of its files as it was written? If not, says which is not."""
     try:
         sums = json.loads((checkpoint / "sha256.json").read_text())
-        return ", ".join(name for name, digest in sums.items() if sha256(checkpoint / name) != digest)
+        bad = ", ".join(name for name, digest in sums.items() if sha256(checkpoint / name) != digest)
     except (OSError, ValueError) as error:  # a file is gone, or the sums are damaged themselves
-        return str(error)
+        bad = str(error)
+    if bad:
+        print(f"cannot use {checkpoint}, damaged or missing: {bad}", file=sys.stderr)
+    return not bad
 
 
 def restore(state: State, checkpoint: Path) -> None:
@@ -1404,13 +1404,9 @@ def start_run(settings: Settings) -> tuple[Path, State]:
 
 def resume_run(run: Path, settings: Settings) -> State:
     """The state of the newest checkpoint that is as it was written."""
-    checkpoint, saved = None, complete_checkpoints(run)
-    for candidate in reversed(saved):
-        damaged = gather(damage(candidate) if rank() == 0 else None)[0]  # one reads it, for all
-        if not damaged:
-            checkpoint = candidate
-            break
-        print(f"cannot use {candidate}, damaged or missing: {damaged}", file=sys.stderr)
+    saved = complete_checkpoints(run)
+    # one process reads them, for all
+    checkpoint = next((c for c in reversed(saved) if gather(rank() == 0 and intact(c))[0]), None)
     if saved and not checkpoint:
         raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new run, "
                          "with the weights of one of them if they load: --model CHECKPOINT")

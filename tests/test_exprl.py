@@ -78,11 +78,10 @@ def made_up_batch(state, settings, grades):
     rollouts = [Rollout(prompts[i // settings.group],
                         tuple(rng.randrange(256) for _ in range(rng.randrange(1, 30))), (), True)
                 for i in range(len(grades))]
-    with torch.no_grad():
-        rollouts = [dataclasses.replace(r, logprobs=tuple(logprobs(
-            state.policy.model, torch.tensor([r.prompt_ids + r.token_ids]),
-            torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0)[0].tolist()))
-            for r in rollouts]
+    rollouts = [dataclasses.replace(r, logprobs=tuple(logprobs(
+        state.policy.model, torch.tensor([r.prompt_ids + r.token_ids]),
+        torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0).tolist()))
+        for r in rollouts]
     verdicts = {i: Verdict((g,)) for i, g in enumerate(grades)}
     return exprl.credit(settings, exprl.collate(rollouts, "cpu"), verdicts)
 
