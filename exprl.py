@@ -431,7 +431,7 @@ def grade_whole(state, settings, traces, rows) -> dict[int, Verdict]:
 
 def grade_steps(state, settings, traces, rows, starts) -> dict[int, Verdict]:
     """Row -> Verdict with a grade per step; none (advantage 0) for a trace cut off under --overlong zero."""
-    verdicts, open_ = cut_off(settings, traces, rows, Verdict((), CUT_OFF))
+    verdicts, open_ = cut_off(settings, traces, rows, by_step=True)
     steps = []
     for i in open_:
         ids = traces.rollouts[i].token_ids
@@ -447,11 +447,12 @@ def grade_steps(state, settings, traces, rows, starts) -> dict[int, Verdict]:
 CUT_OFF = "cut off at the length limit"
 
 
-def cut_off(settings, traces, rows, zero=Verdict((0.0,), CUT_OFF)) -> tuple[dict[int, Verdict], list[int]]:
+def cut_off(settings, traces, rows, by_step=False) -> tuple[dict[int, Verdict], list[int]]:
     """--overlong -> (verdicts of traces cut off, the rows that are to be graded)."""
-    given = {"zero": zero, "last": zero if zero.grades else None, "judge": None,
-             "drop": Verdict((math.nan,), CUT_OFF)}[settings.overlong]
-    verdicts = {i: given for i in rows if given and not traces.rollouts[i].finished}
+    grades = {"zero": () if by_step else (0.0,), "last": None if by_step else (0.0,),  # see grade_steps
+              "judge": None, "drop": (math.nan,)}[settings.overlong]
+    verdicts = {i: Verdict(grades, CUT_OFF) for i in rows
+                if grades is not None and not traces.rollouts[i].finished}
     return verdicts, [i for i in rows if i not in verdicts]
 
 
@@ -668,6 +669,7 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warm) / max(settings.steps - warm, 1)))
 
 
+@torch.no_grad()
 def optimizer_step(state, settings, lr: float) -> float:
     """Clip, step, and copy the masters into the sampling weights. A non-finite gradient skips the step."""
     state.interrupts.defer()  # from here to the log line of this step nothing may come between
@@ -677,7 +679,9 @@ def optimizer_step(state, settings, lr: float) -> float:
         state.bad_updates = 0
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.step()
-        state.refresh_sampling_weights()
+        if state.sampling is not state.policy.model:
+            for low, master in zip(state.sampling.parameters(), state.policy.model.parameters()):
+                low.copy_(whole(master.to(low.dtype)))  # in place: the storage never moves
     else:
         state.bad_updates += 1
     state.optimizer.zero_grad(set_to_none=True)
@@ -715,12 +719,6 @@ class State:
         if self.dtype == torch.float32 or ranks() > 1:
             return nullcontext()
         return torch.autocast(self.device.split(":")[0], dtype=self.dtype)
-
-    @torch.no_grad()
-    def refresh_sampling_weights(self) -> None:
-        if self.sampling is not self.policy.model:
-            for low, master in zip(self.sampling.parameters(), self.policy.model.parameters()):
-                low.copy_(whole(master.to(low.dtype)))  # in place: the storage never moves
 
 
 def build_state(settings: Settings, weights: str | None = None) -> State:
@@ -816,10 +814,11 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     part = f"-{rank() + 1:05d}-of-{ranks():05d}.safetensors" if ranks() > 1 else ".safetensors"
     weights, moments = {}, {}
     for i, (name, parameter) in enumerate(state.policy.model.named_parameters()):
-        for key, value in {"": parameter, **state.optimizer.state[parameter]}.items():
-            value = whole(value).detach()  # all take part in gathering it, one keeps it
-            if i % ranks() == rank():
-                (moments if key else weights)[f"{name}:{key}" if key else name] = value.contiguous()
+        weight = whole(parameter).detach()  # all take part in gathering, one keeps the result
+        own = {f"{name}:{key}": whole(value) for key, value in state.optimizer.state[parameter].items()}
+        if i % ranks() == rank():
+            weights[name] = weight
+            moments |= own
     files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
     with together():
         tmp.mkdir(parents=True, exist_ok=True)
