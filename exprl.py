@@ -124,7 +124,7 @@ class Settings:
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
     # run
     seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
-    eval_every: int = 50  # evaluate every so many steps, and before the first and after the last; 0 = never
+    eval_every: int = 50  # evaluate before the first step, after the last and every so many; 0 = none between
     eval_limit: int = 200  # only the first so many held-out problems
     eval_n: int = 4  # traces per held-out problem
     eval_k: tuple[int, ...] = (1, 4)  # pass@k for these k
@@ -164,9 +164,8 @@ PRESETS = {
     "paper-stage2": {
         "": dict(method="grpo", questions=32, group=32, steps=500, max_new_tokens=16384,
                  max_prompt_tokens=4096, temperature=0.8, lr=1e-6, kl=0.0, norm="mean", overlong="judge",
-                 clip_low=1.0, clip_high=4.0,
-                 entropy_bonus=1e-4, grad_clip=0.3, save_every=50, eval_every=50,
-                 checkpoint_activations=True),
+                 clip_low=1.0, clip_high=4.0, entropy_bonus=1e-4, grad_clip=0.3, save_every=50,
+                 eval_every=50, checkpoint_activations=True),
     },
 }
 JUDGED = ("outcome", "process")  # the methods that need a judge
@@ -270,7 +269,7 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
         "length": tokens / len(records),
         "headings": mean(len(HEADING.findall(r["text"])) for r in records),
         "cut_off": mean(not r["finished"] for r in records),
-        "unread": mean(None in r["grades"] for r in records),
+        "unread": mean(None in r["grades"] and r["judge"] != CUT_OFF for r in records),  # --overlong drop
         "zero_groups": mean(not any(moving[i : i + group]) for i in range(0, len(records), group)),
     }
     domains = sorted({r["domain"] for r in records})
@@ -432,7 +431,7 @@ def grade_whole(state, settings, traces, rows) -> dict[int, Verdict]:
 
 def grade_steps(state, settings, traces, rows, starts) -> dict[int, Verdict]:
     """Row -> Verdict with a grade per step; none (advantage 0) for a trace cut off under --overlong zero."""
-    verdicts, open_ = cut_off(settings, traces, rows, Verdict((), CUT_OFF))
+    verdicts, open_ = cut_off(settings, traces, rows, by_step=True)
     steps = []
     for i in open_:
         ids = traces.rollouts[i].token_ids
@@ -448,11 +447,12 @@ def grade_steps(state, settings, traces, rows, starts) -> dict[int, Verdict]:
 CUT_OFF = "cut off at the length limit"
 
 
-def cut_off(settings, traces, rows, zero=Verdict((0.0,), CUT_OFF)) -> tuple[dict[int, Verdict], list[int]]:
+def cut_off(settings, traces, rows, by_step=False) -> tuple[dict[int, Verdict], list[int]]:
     """--overlong -> (verdicts of traces cut off, the rows that are to be graded)."""
-    given = {"zero": zero, "last": zero if zero.grades else None, "judge": None,
-             "drop": Verdict((math.nan,), CUT_OFF)}[settings.overlong]
-    verdicts = {i: given for i in rows if given and not traces.rollouts[i].finished}
+    grades = {"zero": () if by_step else (0.0,), "last": None if by_step else (0.0,),  # see grade_steps
+              "judge": None, "drop": (math.nan,)}[settings.overlong]
+    verdicts = {i: Verdict(grades, CUT_OFF) for i in rows
+                if grades is not None and not traces.rollouts[i].finished}
     return verdicts, [i for i in rows if i not in verdicts]
 
 
@@ -462,9 +462,8 @@ def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], start
     starts, device = starts or {}, batch.mask.device
     verdicts = tuple(verdicts[i] for i in range(len(batch.lengths)))
     n_steps = torch.tensor([len(v.grades) for v in verdicts], device=device)
-    grades = torch.zeros(len(verdicts), max(1, int(n_steps.max())), device=device)
-    for i, v in enumerate(verdicts):
-        grades[i, :len(v.grades)] = torch.tensor(v.grades)
+    grades = pad_sequence([torch.tensor(v.grades or (0.0,), dtype=torch.float32) for v in verdicts],
+                          batch_first=True).to(device)  # (N,S)
     step_ids = torch.where(batch.mask, 0, -1)
     for i, opens in starts.items():
         opens = torch.tensor(opens[:max(1, len(verdicts[i].grades))])  # not graded by step: one step
@@ -474,9 +473,7 @@ def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], start
     process_norm = settings.process_norm.replace("-", "_")
     advantages = torch.zeros_like(batch.sampled_logp)
     for rows, norm in ((~by_step, settings.norm), (by_step, process_norm)):
-        if rows.any():
-            advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group,
-                                                norm)
+        advantages[rows] = token_advantages(grades[rows], n_steps[rows], step_ids[rows], settings.group, norm)
     if process_norm == "delta" and settings.step_credit == "score":
         lone = by_step & (n_steps == 1)
         advantages[lone] = grades[lone, :1].nan_to_num() * batch.mask[lone]
@@ -561,11 +558,11 @@ def predictors(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor):
     return hidden[:, :-1][after], ids[:, 1:][after]
 
 
-def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float, amp=None):
-    """Log-prob and entropy of the tokens at `mask` (N,T) -> flat (M,) in row order."""
-    with amp or nullcontext():
-        hidden, tokens = predictors(lm, ids, mask)
-        return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)
+@torch.no_grad()
+def logprobs(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of the tokens at `mask` (N,T), of a model that is not trained by them -> flat (M,)."""
+    hidden, tokens = predictors(lm, ids, mask)
+    return token_logprob(hidden, lm.get_output_embeddings().weight, tokens, temperature)[0]
 
 
 def microbatches(rows: list[int], lengths: list[int], budget: int, group: int = 1) -> list[list[int]]:
@@ -590,13 +587,13 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     sft = settings.method == "sft"
     temperature = 1.0 if sft else settings.temperature  # the sampled distribution is the trained one
     groups = torch.arange(len(batch.lengths)).view(-1, 1 if sft else settings.group)
-    first, *later = [part.flatten().tolist() for part in groups.tensor_split(settings.updates) if len(part)]
+    first, *later = (part.flatten().tolist() for part in groups.tensor_split(settings.updates))
     # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
     # 1 and needs no pass; the later ones need theirs before the weights move.
     if later:
         sampled_with = state.policy.model if ranks() == 1 else state.sampling
-        old_logp = all_logprobs(sampled_with, settings, batch, sum(later, []), state.amp())
-        batch = replace(batch, old_logp=old_logp)
+        with state.amp():
+            batch = replace(batch, old_logp=all_logprobs(sampled_with, settings, batch, sum(later, [])))
     norms, sums = [], torch.zeros(6, dtype=torch.float64)
     for part in (first, *later):
         rows = [row for row in part if batch.read[row]]
@@ -610,15 +607,12 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
         idle = max(gather(len(passes))) - len(passes)
         for own, rows in [(1, rows) for rows in passes] + [(0, [int(np.argmin(batch.lengths))])] * idle:
             micro = batch.pick(rows)
-            on_policy = part is first
-            old_logp = None if on_policy else micro.old_logp[micro.mask]
+            old_logp = None if part is first else micro.old_logp[micro.mask]
             if micro.teacher:
                 head = partial(distillation_head, state, settings, micro, denominator)
             else:
-                ref_logp = None
-                if settings.kl > 0:
-                    with torch.no_grad():
-                        ref_logp, _ = logprobs(state.reference, micro.ids, micro.mask, temperature)
+                ref_logp = (logprobs(state.reference, micro.ids, micro.mask, temperature)
+                            if settings.kl > 0 else None)
                 head = partial(policy_head, advantages=micro.advantages[micro.mask], old_logp=old_logp,
                                ref_logp=ref_logp, temperature=temperature, denominator=denominator,
                                clip_low=settings.clip_low, clip_high=settings.clip_high,
@@ -627,7 +621,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
             with state.amp():
                 out = state.trainee(micro.ids, micro.mask, head)
             (out.loss * own).backward()
-            gap = ((out.logp if on_policy else old_logp) - micro.sampled_logp[micro.mask]).exp() - 1
+            gap = ((out.logp if old_logp is None else old_logp) - micro.sampled_logp[micro.mask]).exp() - 1
             if own:
                 sums += torch.stack([micro.mask.sum(), out.entropy.sum(), out.kl.sum(), gap.abs().sum(),
                                      out.clipped.sum(), -out.logp.sum()]).double().cpu()
@@ -655,13 +649,12 @@ def distillation_head(state, settings, micro: Batch, denominator, hidden, weight
     return HeadLoss((loss * micro.advantages[micro.mask]).sum() / denominator, logp, entropy, none, none)
 
 
-@torch.no_grad()
-def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows, amp=None) -> torch.Tensor:
+def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows) -> torch.Tensor:
     """(N,T) log-probs of the tokens of `rows` under lm's present weights, zero elsewhere."""
     out = torch.zeros_like(batch.sampled_logp)
     for part in microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group):
         micro = batch.pick(part)
-        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature, amp)[0]
+        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature)
         out[part, :micro.mask.shape[1]] = micro.sampled_logp
     return out
 
@@ -676,16 +669,21 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warm) / max(settings.steps - warm, 1)))
 
 
+@torch.no_grad()
 def optimizer_step(state, settings, lr: float) -> float:
     """Clip, step, and copy the masters into the sampling weights. A non-finite gradient skips the step."""
     state.interrupts.defer()  # from here to the log line of this step nothing may come between
     norm = torch.nn.utils.clip_grad_norm_(state.policy.model.parameters(), settings.grad_clip)
     norm = float(whole(norm))
     if math.isfinite(norm):
+        state.bad_updates = 0
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.step()
-        state.refresh_sampling_weights()
-    state.bad_updates = 0 if math.isfinite(norm) else state.bad_updates + 1
+        if state.sampling is not state.policy.model:
+            for low, master in zip(state.sampling.parameters(), state.policy.model.parameters()):
+                low.copy_(whole(master.to(low.dtype)))  # in place: the storage never moves
+    else:
+        state.bad_updates += 1
     state.optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -722,12 +720,6 @@ class State:
             return nullcontext()
         return torch.autocast(self.device.split(":")[0], dtype=self.dtype)
 
-    @torch.no_grad()
-    def refresh_sampling_weights(self) -> None:
-        if self.sampling is not self.policy.model:
-            for low, master in zip(self.sampling.parameters(), self.policy.model.parameters()):
-                low.copy_(whole(master.to(low.dtype)))  # in place: the storage never moves
-
 
 def build_state(settings: Settings, weights: str | None = None) -> State:
     """weights: the checkpoint folder a resumed policy comes from; judge and reference stay the start's."""
@@ -750,16 +742,13 @@ def load_state(settings: Settings, weights: str | None) -> State:
               file=sys.stderr)
     train = problems_or_exit(settings.data, "train", skip_bad_rows=settings.skip_bad_rows,
                              need_solution=settings.method != "grpo" and settings.reference != "none")
-    held_out = []
-    if settings.eval_data:
-        held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
+    held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     train = fit(policy, train, settings, "training")
     held_out = fit(policy, held_out[: settings.eval_limit], settings, "held-out")
     if not train:
         raise SystemExit("no training problem is left: raise --max-prompt-tokens or lower --max-new-tokens")
-    policy.model.requires_grad_(True)
     if settings.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers checkpoints only in training mode; these families have no dropout by default
@@ -779,12 +768,12 @@ def load_state(settings: Settings, weights: str | None) -> State:
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
         reference.model.set_attn_implementation(policy.model.config._attn_implementation)
-    room = settings.cache_gb or cache_room(policy.model, device)
+    judge_device = own_device(settings.judge_device or settings.device)
+    grader = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
+    room = settings.cache_gb or cache_room(policy.model, device)  # of what all models leave free
     if judged:
-        judge_device = own_device(settings.judge_device) if settings.judge_device else device
-        lm = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
-        lm.model.requires_grad_(False)
-        judge = Judge(lm.model, lm.tokenizer, lm.prompts, settings.readout or None,
+        grader.model.requires_grad_(False)
+        judge = Judge(grader.model, grader.tokenizer, grader.prompts, settings.readout or None,
                       max_rows=settings.max_rows, cache_gb=room if judge_device == device else None)
         judge.check_view(settings.step_view if settings.method == "process" else "outcome")
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
@@ -827,17 +816,14 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     part = f"-{rank() + 1:05d}-of-{ranks():05d}.safetensors" if ranks() > 1 else ".safetensors"
     weights, moments = {}, {}
     for i, (name, parameter) in enumerate(state.policy.model.named_parameters()):
-        for key, value in {"": parameter, **state.optimizer.state[parameter]}.items():
-            value = whole(value).detach()  # all take part in gathering it, one keeps it
-            if i % ranks() == rank():
-                (moments if key else weights)[f"{name}:{key}" if key else name] = value.contiguous()
+        weight = whole(parameter).detach()  # all take part in gathering, one keeps the result
+        own = {f"{name}:{key}": whole(value) for key, value in state.optimizer.state[parameter].items()}
+        if i % ranks() == rank():
+            weights[name] = weight
+            moments |= own
     files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
     with together():
-        if rank() == 0:
-            for torn in tmp.parent.glob("*.tmp"):
-                shutil.rmtree(torn)
-            tmp.mkdir(parents=True)
-    with together():
+        tmp.mkdir(parents=True, exist_ok=True)
         save_file(weights, tmp / ("model" + part), {"format": "pt"})
         save_file(moments, tmp / ("optimizer" + part))
         if rank() == 0:
@@ -882,12 +868,16 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def verify(checkpoint: Path) -> None:
-    """Raises ValueError if a file of the checkpoint is not as it was written."""
-    sums = checkpoint / "sha256.json"
-    for name, digest in (json.loads(sums.read_text()) if sums.exists() else {sums.name: ""}).items():
-        if not (checkpoint / name).exists() or sha256(checkpoint / name) != digest:
-            raise ValueError(f"{name} is damaged or missing")
+def intact(checkpoint: Path) -> bool:
+    """Is each of its files as it was written? If not, says which is not."""
+    try:
+        sums = json.loads((checkpoint / "sha256.json").read_text())
+        bad = ", ".join(name for name, digest in sums.items() if sha256(checkpoint / name) != digest)
+    except (OSError, ValueError) as error:  # a file is gone, or the sums are damaged themselves
+        bad = str(error)
+    if bad:
+        print(f"cannot use {checkpoint}, damaged or missing: {bad}", file=sys.stderr)
+    return not bad
 
 
 def restore(state: State, checkpoint: Path) -> None:
@@ -915,21 +905,12 @@ def save_model(state: State, run: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     replace(state.policy, model=state.sampling).save(tmp)  # the masters, rounded to the dtype
-    old = run / "model.old"
-    if target.exists():
-        target.rename(old)
+    shutil.rmtree(target, ignore_errors=True)  # after a kill here --resume writes it again
     publish(tmp, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def fingerprint(problems: list[Problem]) -> str:
     return hashlib.sha256(json.dumps([dataclasses.astuple(p) for p in problems]).encode()).hexdigest()[:16]
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again."""
-    if path.exists():
-        write_atomically(path, jsonl([r for r in read_jsonl(path) if r["step"] <= step]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1025,7 +1006,8 @@ def explain(error: BaseException, phase: str = "loading") -> str:
         return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
                 f"({str(error).splitlines()[0]})")
     if isinstance(error, (OSError, SafetensorError)):
-        return f"writing failed while {phase}: {error}\nmake room on the disk, or allow writing there"
+        return (f"reading or writing failed while {phase}: {error}\n"
+                "make room on the disk, or allow reading and writing there")
     return f"process {rank()} failed while {phase}:\n{''.join(traceback.format_exception(error))}"
 
 
@@ -1108,8 +1090,11 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
     """Steps until settings.steps, each logged before the next begins, with evaluations and checkpoints."""
     metrics_file, rollouts_file = run / "metrics.jsonl", run / "rollouts.jsonl"
     with together():
-        for path in (metrics_file, rollouts_file) if rank() == 0 else ():
-            keep_until(path, state.step)
+        if rank() == 0:  # what a kill left: torn saves, and lines of steps that will be done again
+            for torn in run.glob("checkpoints/*.tmp"):
+                shutil.rmtree(torn)
+            for path in (metrics_file, rollouts_file):
+                write_atomically(path, jsonl([r for r in read_jsonl(path) if r["step"] <= state.step]))
     logged = read_jsonl(metrics_file)
     evaluated = {m["step"] for m in logged if "accuracy" not in m}
     history = [m for m in logged if "accuracy" in m]
@@ -1166,9 +1151,10 @@ def check_judge(state: State, settings: Settings, bar) -> None:
             records = traces_of(state.policy, problems, 4, settings.max_new_tokens, settings.temperature,
                                 settings.seed, sampler=state.sampler)
             word, reason = check(state.judge, problems, records, settings.seed)
-            bar.write(f"judge, on {len(problems)} problems: {word}; {reason}" + (
-                "" if word == "usable" else "\n  WARNING: calibrate it with `python judge.py` before you "
-                "trust this run (--check-judge 0 skips this check)"))
+            bar.write(f"judge, on {len(problems)} problems: {word}; {reason}")
+            if word != "usable":
+                bar.write("  WARNING: calibrate it with `python judge.py` before you trust this run "
+                          "(--check-judge 0 skips this check)")
 
 
 def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
@@ -1234,11 +1220,13 @@ def closing_table(run: Path, settings: Settings) -> str:
     evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "accuracy" not in m]
     if not evaluations:
         return ""
-    rows = [f"{'held-out problems':20s}"
-            + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in settings.eval_k)]
-    for name, m in (("before", evaluations[0]), ("after", evaluations[-1])):
+    before, after = evaluations[0], evaluations[-1]
+    # a resumed run may ask for others than it began with
+    ks = [k for k in settings.eval_k if f"pass@{k}" in before.keys() & after.keys()]
+    rows = [f"{'held-out problems':20s}" + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in ks)]
+    for name, m in (("before", before), ("after", after)):
         cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} "
-                 for k in settings.eval_k)
+                 for k in ks)
         rows.append(f"{name + ', step ' + str(m['step']):20s}" + " ".join(cells))
     return "\n".join(rows)
 
@@ -1307,11 +1295,12 @@ def command_line() -> argparse.ArgumentParser:
                                      description=__doc__[: __doc__.index("Departures")],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS,
-                        help="a set of defaults, which flags still change; without --model the miniature's; "
-                             "paper and paper-stage2 are the authors' hyperparameters")
-    parser.add_argument("--resume", type=Path, metavar="RUN",
-                        help="go on from the newest checkpoint of this run's folder, with its settings")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--preset", choices=PRESETS,
+                      help="a set of defaults, which flags still change; without --model the miniature's; "
+                           "paper and paper-stage2 are the authors' hyperparameters")
+    base.add_argument("--resume", type=Path, metavar="RUN",
+                      help="go on from the newest checkpoint of this run's folder, with its settings")
     source = Path(__file__).read_text().split("class Settings:")[1].split("\n\n\n")[0]
     for title, name, text in re.findall(r"^    (?:# (.+)|(\w+): [^#\n]+# (.+))$", source, re.MULTILINE):
         if title:
@@ -1327,7 +1316,7 @@ def command_line() -> argparse.ArgumentParser:
                            metavar=None if name in CHOICES else name.split("_")[-1].upper())
             shown = " ".join(map(str, default)) if several else str(default)
             text += f" (default: {shown})" if shown else ""
-        group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+        group.add_argument(flag(name), help=text.replace("%", "%%"), **options)
     return parser
 
 
@@ -1336,12 +1325,10 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     parser = command_line()
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if resume:
         if not (resume / "config.json").exists():
             parser.error(f"--resume {resume}: no config.json there; name a run's folder")
-        saved = json.loads((resume / "config.json").read_text())["settings"]
-        base = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        base = json.loads((resume / "config.json").read_text())["settings"]
         for name in ("model", "data", "seed", "questions", "group", "out"):
             if given.get(name, base[name]) != base[name]:
                 parser.error(f"--resume continues the same run: --{name} cannot change")
@@ -1355,7 +1342,8 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
             print(f"preset {preset}, {method}: {shown}", file=sys.stderr)
         if named == "miniature" and "data" in given:
             base = base | {"eval_data": ()}
-    settings = Settings(**(base | given))
+    values = (base | given).items()  # JSON and argparse make lists
+    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
     if not settings.model:
         parser.error("--model is missing: this preset needs one")
     if not settings.eval_data and settings.data == Settings.data:
@@ -1366,17 +1354,25 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     return replace(settings, judge=settings.judge or settings.model), resume
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def complaints(s: Settings) -> list[tuple[bool, str]]:
     """What may be wrong with settings, before any long work starts: (is it so, message)."""
     counts = ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows",
               "eval_n", "keep")
-    return [(getattr(s, name) < 1, f"--{name.replace('_', '-')} must be at least 1") for name in counts] + [
+    return [
+        *((getattr(s, name) < 1, f"{flag(name)} must be at least 1") for name in counts),
+        *((value != value, f"{flag(name)} must be a number") for name, value in vars(s).items()),
         (s.temperature <= 0, "--temperature must be above 0: greedy traces of a problem are all the same"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),
         (s.group < 2, "--group must be at least 2: a trace is compared with the others of its problem"),
         (s.updates > 1 and s.method in ("sft", "distill"),
          f"--method {s.method} has no ratio to clip: --updates must be 1"),
+        (s.method == "distill" and s.distill_kl == "full" and (s.kl != 0 or s.entropy_bonus != 0),
+         "--distill-kl full is a loss of its own: --kl and --entropy-bonus must be 0"),
         (s.updates * ranks() > s.questions,
          "--questions must be at least --updates x processes: in each update each needs a problem"),
         (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
@@ -1409,15 +1405,9 @@ def start_run(settings: Settings) -> tuple[Path, State]:
 
 def resume_run(run: Path, settings: Settings) -> State:
     """The state of the newest checkpoint that is as it was written."""
-    checkpoint, saved = None, complete_checkpoints(run)
-    for candidate in reversed(saved):
-        try:
-            with together():
-                verify(candidate)
-            checkpoint = candidate
-            break
-        except (Stop, ValueError) as error:
-            print(f"cannot use {candidate}: {error}", file=sys.stderr)
+    saved = complete_checkpoints(run)
+    # one process reads them, for all
+    checkpoint = next((c for c in reversed(saved) if gather(rank() == 0 and intact(c))[0]), None)
     if saved and not checkpoint:
         raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new run, "
                          "with the weights of one of them if they load: --model CHECKPOINT")

@@ -78,11 +78,10 @@ def made_up_batch(state, settings, grades):
     rollouts = [Rollout(prompts[i // settings.group],
                         tuple(rng.randrange(256) for _ in range(rng.randrange(1, 30))), (), True)
                 for i in range(len(grades))]
-    with torch.no_grad():
-        rollouts = [dataclasses.replace(r, logprobs=tuple(logprobs(
-            state.policy.model, torch.tensor([r.prompt_ids + r.token_ids]),
-            torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0)[0].tolist()))
-            for r in rollouts]
+    rollouts = [dataclasses.replace(r, logprobs=tuple(logprobs(
+        state.policy.model, torch.tensor([r.prompt_ids + r.token_ids]),
+        torch.tensor([[False] * len(r.prompt_ids) + [True] * len(r.token_ids)]), 1.0).tolist()))
+        for r in rollouts]
     verdicts = {i: Verdict((g,)) for i, g in enumerate(grades)}
     return exprl.credit(settings, exprl.collate(rollouts, "cpu"), verdicts)
 
@@ -175,6 +174,14 @@ def test_a_grade_of_a_cut_trace(world):
         traces = exprl.Traces(state.train[:1], [cut], ["x"], [False])
         verdicts = exprl.grade_whole(state, settings, traces, [0])
         assert check(verdicts[0].grades[0])
+
+
+def test_traces_dropped_for_their_length_are_not_unread(world):
+    for method in ("outcome", "grpo"):
+        state, settings = build(world, "--overlong", "drop", "--method", method, "--max-unread", 0)
+        metrics, records = exprl.train_step(state, settings, 1)
+        assert metrics["cut_off"] > 0 and metrics["unread"] == 0
+        assert all(r["grades"] == [None] for r in records if not r["finished"])
 
 
 def test_a_non_finite_gradient_is_skipped_counted_and_stops_the_run(world, tmp_path):
@@ -419,6 +426,24 @@ def test_resume_refuses_another_run(world, whole, tmp_path):
     assert "before" in finished.stdout
 
 
+def test_the_closing_table_shows_what_both_ends_measured(tmp_path):
+    """A run may be resumed with other --eval-k."""
+    lines = [{"step": step} | {f"pass@{k}{end}": 0.5 for k in ks for end in ("", "_low", "_high")}
+             for step, ks in ((0, (1, 4)), (6, (1, 8)))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = exprl.closing_table(tmp_path, Settings(eval_k=(1, 8)))
+    assert "pass@1 " in table and "pass@8" not in table and "after, step 6" in table
+
+
+def test_flags_that_make_no_sense_are_refused(world, capsys):
+    for flags, word in ((["--kl", "nan"], "--kl must be a number"), (["--grad-clip", "nan"], "--grad-clip"),
+                        (["--resume", "run", "--preset", "paper"], "not allowed with"),
+                        (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus")):
+        with pytest.raises(SystemExit):
+            exprl.parse([*world[1], *flags])
+        assert word in capsys.readouterr().err
+
+
 def test_grpo_needs_no_judge(world, tmp_path):
     done = tiny.run("exprl.py", *world[1], "--method", "grpo", "--judge", "/nowhere/at/all", "--steps", 1,
                     "--out", tmp_path / "g")
@@ -444,6 +469,14 @@ def test_without_model_flags_the_embedded_miniature_runs(tmp_path):
     assert all(0 < m["score"] < 1 and m["unread"] == 0 and m["headings"] > 1 for m in steps)
     grades = {record["grades"][0] for record in exprl.read_jsonl(run / "rollouts.jsonl")}
     assert len(grades) > 10  # a language model's expected grades, not five steps of a script
+
+
+def test_the_cache_is_sized_when_all_models_are_loaded(world, monkeypatch):
+    done, load = [], exprl.load_lm
+    monkeypatch.setattr(exprl, "load_lm", lambda name, *more: done.append(name) or load(name, *more))
+    monkeypatch.setattr(exprl, "cache_room", lambda *_: done.append("cache"))
+    build(world)
+    assert done[-1] == "cache" and str(world[0] / "judge") in done
 
 
 def test_the_cache_leaves_room_for_gradients_and_moments(monkeypatch):

@@ -22,7 +22,7 @@ VARIANTS = {
     "process": ["--method", "process", "--entropy-bonus", "0.01"],
     "grpo": ["--method", "grpo", "--kl", "0"],  # exact match is rare: whole processes may have no gradient
     "sft": ["--method", "sft"],
-    "distill": ["--method", "distill", "--distill-kl", "full"],
+    "distill": ["--method", "distill", "--distill-kl", "full", "--kl", "0"],
     "bfloat16": ["--dtype", "bfloat16"],
 }
 
