@@ -61,38 +61,6 @@ def _invert(weights, uniform):
     return entry[:, 0], (target - before)[:, 0].clamp(min=0)
 
 
-def philox(seed, trace, position, entry):
-    """Philox 4x32-10, Triton's tl.philox: int64 tensors -> the 32 bits of each entry as int64."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(entry // 4, position, trace, torch.zeros_like(entry))
-    k0, k1 = seed & mask, seed >> 32 & mask
-    for _ in range(10):
-        high0, low0 = _product(c0, 0xD2511F53)
-        high1, low1 = _product(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return torch.stack([c0, c1, c2, c3], -1).gather(-1, (entry % 4).expand_as(c0)[..., None])[..., 0]
-
-
-def _product(a, b):
-    """High and low 32 bits of a * b for 32-bit numbers, without passing 63 bits."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
-def gumbel_choose(logits, temperature, seed, trace, position):
-    """The Triton version's PyTorch twin, in float64: same noise, same token."""
-    z = logits.double() / (temperature or 1.0)
-    logp = z.log_softmax(-1)
-    if temperature > 0:
-        entry = torch.arange(z.shape[1], device=z.device)[None]
-        bits = philox(seed, trace.long()[:, None], position.long()[:, None], entry)
-        z = z - (-torch.log1p(-(bits.double() + 0.5) / 2**32)).log()
-    token = z.argmax(-1)
-    return token, logp.gather(1, token[:, None])[:, 0].float()
-
-
 if triton is not None:
 
     @triton.jit

@@ -99,16 +99,17 @@ def plan_pages(table: np.ndarray, lengths: np.ndarray, KVH: int, P: int, device=
 
 def torch_paged_attention(query, keys, values, plan, scaling):
     (R, H, D), (_, KVH, P, _), M, n = query.shape, keys.shape, plan.width, plan.pages
-    g, own, S = H // KVH, n * KVH, len(plan.shared)
+    g, own = H // KVH, n * KVH
+    parts = [(slice(own), keys[:n], values[:n])]  # which of the E reads, and what they read
+    if len(plan.shared):
+        parts.append((slice(own, None), *(x.index_select(0, plan.shared) for x in (keys, values))))
+    parts = [(reads, k.flatten(0, 1), v.flatten(0, 1)) for reads, k, v in parts]  # (pages * KVH, P, D)
     queries = query.reshape(R * KVH, g * D).index_select(0, plan.reader)  # (E,gD)
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = torch.empty(len(queries), g, P, dtype=dtype, device=query.device)  # (E,g,P)
-    product = torch.bmm(queries[:own].view(own, g, D), keys[:n].flatten(0, 1).transpose(1, 2))
-    torch.add(product, plan.bias[:own], out=scores[:own])
-    if S:  # the B * g heads that read a shared page are the rows of one product
-        shared_keys, shared_values = (x.index_select(0, plan.shared).flatten(0, 1) for x in (keys, values))
-        product = torch.bmm(queries[own:].view(S * KVH, -1, D), shared_keys.transpose(1, 2))
-        torch.add(product.view(-1, g, P), plan.bias[own:], out=scores[own:])
+    for reads, k, _ in parts:  # the heads that read a page are the rows of one product: g, or B * g
+        product = torch.bmm(queries[reads].view(len(k), -1, D), k.transpose(1, 2))
+        torch.add(product.view(-1, g, P), plan.bias[reads], out=scores[reads])
     top = scores.new_full(((R * M + 1) * KVH, g), -torch.inf)
     top[plan.place] = scores.amax(-1)
     scale = scaling * math.log2(math.e)  # exp2 takes a third of exp's time
@@ -117,11 +118,9 @@ def torch_paged_attention(query, keys, values, plan, scaling):
     total = top.new_zeros((R + 1) * KVH, g).index_add_(0, plan.target, weights.sum(-1))
     weights = weights.to(values.dtype)
     out = top.new_zeros((R + 1) * KVH, g * D)
-    product = torch.bmm(weights[:own], values[:n].flatten(0, 1))
-    out.index_add_(0, plan.target[:own], product.flatten(1).to(out.dtype))
-    if S:
-        product = torch.bmm(weights[own:].view(S * KVH, -1, P), shared_values)
-        out.index_add_(0, plan.target[own:], product.view(-1, g * D).to(out.dtype))
+    for reads, _, v in parts:
+        product = torch.bmm(weights[reads].view(len(v), -1, P), v).view(-1, g * D)
+        out.index_add_(0, plan.target[reads], product.to(out.dtype))
     return (out[: R * KVH].view(R, H, D) / total[: R * KVH].view(R, H, 1)).to(query.dtype)
 
 
@@ -231,34 +230,28 @@ def plain_paged_attention(query, keys, values, table, lengths, scaling):
 
 
 def random_case(lengths, shared=0, H=4, KVH=2, D=64, P=32, seed=0, dtype=torch.float32, unused=torch.nan):
-    """Rows of the given lengths, whose first `shared` pages are the same; pages in random order; `unused`
-    fills everything that belongs to no row."""
+    """Rows of the given lengths, whose first `shared` pages, if they are full in all, are the same; pages in
+    random order; `unused` fills everything that belongs to no row."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor(lengths, dtype=torch.int32)
-    counts = (-(-lengths // P)).tolist()
-    common = min([shared, *((lengths // P).tolist())])
-    total = common + sum(c - common for c in counts)
-    order = torch.randperm(total, generator=generator).tolist()
-    head, order = order[:common], order[common:]
-    keys, values = torch.full((2, total + 2, KVH, P, D), unused, dtype=dtype)
-    table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32)
-    for r, (length, count) in enumerate(zip(lengths.tolist(), counts)):
-        own, order = order[: count - common], order[count - common:]
-        for i, page in enumerate(head + own):
-            table[r, i] = page
-            used = min(P, length - i * P)
-            for x in (keys, values):
-                x[page, :, :used] = torch.randn(KVH, used, D, generator=generator).to(dtype)
-    query = torch.randn(len(counts), H, D, generator=generator).to(dtype)
-    return query, keys, values, table, lengths
+    R, M = len(lengths), -(-max(lengths) // P)
+    query, keys, values = (torch.randn(*shape, generator=generator).to(dtype)
+                           for shape in ((R, H, D), (R * M, KVH, P, D), (R * M, KVH, P, D)))
+    table = torch.randperm(R * M, generator=generator).view(R, M)
+    common = min(shared, min(lengths) // P)
+    table[:, :common] = table[0, :common]
+    used = torch.zeros(R * M, P, dtype=torch.bool)
+    for row, length in zip(table, lengths):
+        used[row] |= (torch.arange(M * P) < length).view(M, P)
+    keys, values = (x.where(used[:, None, :, None], unused) for x in (keys, values))
+    return query, keys, values, table.int(), torch.tensor(lengths, dtype=torch.int32)
 
 
 def check(device):
-    for seed, (H, KVH, D, shared) in enumerate([(4, 4, 64, 0), (6, 3, 64, 2), (14, 2, 128, 1)]):
-        case = random_case([1, 32, 33, 100, 257], shared, H, KVH, D, seed=seed, unused=0)
-        case = [x.to(device) for x in case]
-        want = plain_paged_attention(*(x.cpu() for x in case), D**-0.5)
-        torch.testing.assert_close(paged_attention(*case, D**-0.5).cpu().double(), want, rtol=1e-5, atol=1e-5)
+    for lengths, shared, H, KVH, D in (([1, 32, 33, 100, 257], 0, 4, 4, 64), ([64, 65, 257], 2, 6, 3, 64),
+                                       ([32, 33, 100], 1, 14, 2, 128)):
+        case = random_case(lengths, shared, H, KVH, D, unused=0)
+        got = paged_attention(*(x.to(device) for x in case), D**-0.5).cpu().double()
+        torch.testing.assert_close(got, plain_paged_attention(*case, D**-0.5), rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":

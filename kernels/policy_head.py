@@ -26,9 +26,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .token_logprob import (
-    add_product_, block, checked, chunks, new_dweight, new_vector, on_triton, plain_token_logprob,
-    product_dtype, torch_row_grads_, torch_row_stats, triton)  # fmt: skip
+from .token_logprob import block, checked, each_chunk, new_vector, on_triton, plain_token_logprob
+from .token_logprob import torch_row_grads_, torch_row_stats, triton
 
 
 class HeadLoss(NamedTuple):
@@ -87,26 +86,17 @@ def token_loss(logp, entropy, advantages, old_logp=None, ref_logp=None, clip_low
 class PolicyHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, advantages, old_logp, ref_logp, temperature, denominator, terms):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        dtype = product_dtype(hidden)
-        head = weight.to(dtype)
         row_loss_ = triton_row_loss_ if on_triton(hidden) else torch_row_loss_
         # z = hidden @ weight.T / temperature: dz / temperature is written, so that neither product scales
         scale = 1 / (temperature * denominator)
         loss, logp, entropy, k3 = outputs = [new_vector(hidden) for _ in range(4)]
         clipped = new_vector(hidden, torch.bool)
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = new_dweight(weight, hidden) if need_weight else None
-        for rows, buffer in chunks(len(hidden), head):
-            h = hidden[rows].to(dtype)
-            z = buffer.addmm_(h, head.T, beta=0, alpha=1 / temperature)
+
+        def overwrite(z, rows):
             given = [None if x is None else x[rows] for x in (ids, advantages, old_logp, ref_logp)]
-            row_loss_(z, *given, *(x[rows] for x in outputs), clipped[rows], scale, terms)
-            if need_hidden:
-                dhidden[rows] = z @ head
-            if need_weight:
-                add_product_(dweight, z, h, first=rows.start == 0)
-        ctx.grads = dhidden, dweight.to(weight.dtype) if need_weight else None
+            row_loss_(z, *given, *(x[rows] for x in (*outputs, clipped)), scale, terms)
+
+        ctx.grads = each_chunk(hidden, weight, temperature, ctx.needs_input_grad[:2], overwrite)
         ctx.mark_non_differentiable(logp, entropy, k3, clipped)
         return loss.sum() / denominator, logp, entropy, k3, clipped
 

@@ -19,7 +19,6 @@ Left out: discounting; statistics over several devices (a problem's traces belon
     python kernels/token_advantages.py     # checks against a loop over traces, then times
 """
 
-import time
 from statistics import fmean, stdev
 
 import torch
@@ -63,20 +62,17 @@ def torch_token_advantages(grades, n_steps, step_ids, group, norm):
     k = torch.arange(S, device=grades.device)
     has_grade = k < n_steps[:, None]  # (N,S)
     valid = (n_steps > 0) & ~(has_grade & grades.isnan()).any(1)  # (N,)
-    s = grades.where(has_grade & valid[:, None], 0.0)
-    if norm in ("delta", "end"):
-        last = s.gather(1, (n_steps - 1).clamp(min=0)[:, None])  # s_S (N,1)
-        if norm == "delta":
-            advantages = s - torch.cat([last, s[:, :-1]], 1)
-        else:
-            advantages = s - last.where(k < n_steps[:, None] - 1, 0.0)
+    counts = has_grade & valid[:, None]  # (N,S)
+    s = grades.where(counts, 0.0)
+    last = s.gather(1, (n_steps - 1).clamp(min=0)[:, None])  # s_S (N,1)
+    if norm == "delta":
+        advantages = s - torch.cat([last, s[:, :-1]], 1)
+    elif norm == "end":
+        advantages = s - last.where(k < n_steps[:, None] - 1, 0.0)
     else:
         m, scale = _group_statistics(s.sum(1) / n_steps.clamp(min=1), valid, group)
-        advantages = s - m[:, None]
-        if norm == "std":
-            advantages = advantages * scale[:, None]
-    advantages = advantages.where(has_grade & valid[:, None], 0.0)
-    return advantages.gather(1, step_ids.clamp(0, S - 1)).where((step_ids >= 0) & valid[:, None], 0.0)
+        advantages = (s - m[:, None]) * (scale[:, None] if norm == "std" else 1)
+    return advantages.where(counts, 0.0).gather(1, step_ids.clamp(0, S - 1)).where(step_ids >= 0, 0.0)
 
 
 def _group_statistics(s, valid, group):
@@ -203,6 +199,8 @@ def check(device):
 
 
 def benchmark(device):
+    from torch.utils.benchmark import Timer
+
     N, S, T, group = 1024, 32, 4096, 16
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = {"PyTorch": torch_token_advantages}
@@ -213,17 +211,12 @@ def benchmark(device):
     print("GB/s: step ids read and advantages written, 12 bytes a token")
     print(f"{'':12}" + "".join(f"{label + ' ms':>14}{'GB/s':>8}" for label in versions))
     for norm in NORMS:
-        grades, n_steps, ids = random_case(N, 1 if norm in ("std", "mean") else S, T, 0, device)
+        case = random_case(N, 1 if norm in ("std", "mean") else S, T, 0, device)
         line = f"{norm:12}"
         for version in versions.values():
-            times = []
-            for _ in range(11):  # the first warms up
-                start = time.perf_counter()
-                version(grades, n_steps, ids, group, norm)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-            took = sorted(times[1:])[5]
+            run = dict(f=version, case=(*case, group, norm))
+            timer = Timer("f(*case)", globals=run, num_threads=torch.get_num_threads())
+            took = timer.blocked_autorange(min_run_time=0.5).median  # on CUDA it waits for the device
             line += f"{1e3 * took:14.3f}{12e-9 * N * T / took:8.1f}"
         print(line)
 

@@ -69,13 +69,10 @@ def checked(hidden, weight, ids, temperature):
 class TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature):
-        dtype = product_dtype(hidden)
         row_stats, _ = row_functions(hidden)
-        head = weight.to(dtype)
         logp, entropy, lse = (new_vector(hidden) for _ in range(3))
-        for rows, buffer in chunks(len(hidden), head):
-            z = buffer.addmm_(hidden[rows].to(dtype), head.T, beta=0, alpha=1 / temperature)
-            row_stats(z, ids[rows], logp[rows], entropy[rows], lse[rows])
+        each_chunk(hidden, weight, temperature, (False, False),
+                   lambda z, rows: row_stats(z, ids[rows], logp[rows], entropy[rows], lse[rows]))
         ctx.save_for_backward(hidden, weight, ids, lse, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an unused entropy then arrives as None and costs nothing on a CPU
@@ -85,24 +82,36 @@ class TokenLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, ids, lse, entropy = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        dtype, scale = product_dtype(hidden), 1 / ctx.temperature
         _, row_grads_ = row_functions(hidden)
-        head = weight.to(dtype)
         # z = scale * (hidden @ weight.T): the scale of dz is put on the N numbers g and e instead of N x V.
+        scale = 1 / ctx.temperature
         g = torch.zeros_like(lse) if grad_logp is None else (grad_logp * scale).contiguous()
         e = None if grad_entropy is None else (grad_entropy * scale).contiguous()
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = new_dweight(weight, hidden) if need_weight else None
-        for rows, buffer in chunks(len(hidden), head):
-            h = hidden[rows].to(dtype)
-            z = buffer.addmm_(h, head.T, beta=0, alpha=scale)
+
+        def overwrite(z, rows):
             row_grads_(z, ids[rows], lse[rows], entropy[rows], g[rows], None if e is None else e[rows])
-            if need_hidden:
-                dhidden[rows] = z @ head
-            if need_weight:
-                add_product_(dweight, z, h, first=rows.start == 0)
-        return dhidden, dweight.to(weight.dtype) if need_weight else None, None, None
+
+        return *each_chunk(hidden, weight, ctx.temperature, ctx.needs_input_grad[:2], overwrite), None, None
+
+
+def each_chunk(hidden, weight, temperature, needed, visit):
+    """visit(z, rows) for the logits z (rows,V) of one slice of the N rows after the other.
+
+    Returns dhidden and dweight, or None where needed (two bools) says so. For them visit overwrites z by the
+    gradient of hidden @ weight.T."""
+    dtype = product_dtype(hidden)
+    head = weight.to(dtype)
+    dhidden = torch.empty_like(hidden) if needed[0] else None
+    dweight = new_dweight(weight, hidden) if needed[1] else None
+    for rows, buffer in chunks(len(hidden), head):
+        h = hidden[rows].to(dtype)
+        z = buffer.addmm_(h, head.T, beta=0, alpha=1 / temperature)
+        visit(z, rows)
+        if needed[0]:
+            dhidden[rows] = z @ head
+        if needed[1]:
+            add_product_(dweight, z, h, first=rows.start == 0)
+    return dhidden, dweight.to(weight.dtype) if needed[1] else None
 
 
 def product_dtype(hidden):
@@ -138,8 +147,7 @@ def chunks(N, head):
     size = math.ceil(N / max(count, 1) / tile) * tile
     buffer = torch.empty(min(size, N), V, device=head.device, dtype=head.dtype)
     for start in range(0, N, size or 1):
-        rows = slice(start, min(start + size, N))
-        yield rows, buffer[: rows.stop - start]
+        yield slice(start, start + size), buffer[: N - start]
 
 
 def new_dweight(weight, hidden):

@@ -107,11 +107,33 @@ def test_gpu_sizes(rows):
 # ---- the token choice --------------------------------------------------------------------------------------
 
 
+def philox(seed, trace, position, entry):
+    """Philox 4x32-10 as Triton's tl.philox computes it: the 32 bits of each entry, as uint64."""
+    words = np.broadcast_arrays(entry // 4, position, trace, 0)
+    c0, c1, c2, c3 = (word.astype(np.uint64) for word in words)
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return np.choose(entry % 4, [c0, c1, c2, c3])
+
+
+def gumbel_choose(logits, temperature, seed, trace, position):
+    """What the Triton version draws, in float64: same noise, same token."""
+    z = logits.double() / (temperature or 1.0)
+    logp = z.log_softmax(-1)
+    if temperature > 0:
+        bits = philox(seed, trace.numpy()[:, None], position.numpy()[:, None], np.arange(z.shape[1]))
+        z = z - (-torch.log1p(-torch.from_numpy((bits + 0.5) / 2**32))).log()
+    token = z.argmax(-1)
+    return token, logp.gather(1, token[:, None])[:, 0].float()
+
+
 def test_philox_is_the_published_one():
-    """Known answers of Random123: counter 0 key 0, and counter and key all ones."""
-    entry = torch.arange(4)
-    zero = choose.philox(0, torch.tensor(0), torch.tensor(0), entry)
-    assert [f"{x:08x}" for x in zero.tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    """The known answer of Random123 for counter 0, key 0."""
+    words = [f"{x:08x}" for x in philox(0, 0, 0, np.arange(4))]
+    assert words == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -122,7 +144,7 @@ def test_triton_choice_is_its_twin(splits, temperature):
     logits = 3 * torch.randn(3, 5003, generator=torch.Generator().manual_seed(1))
     logits[1, 17:4000] = -torch.inf
     rows = torch.tensor([[5, 0], [7, 3], [2**31 - 1, 9]], dtype=torch.int32)
-    want = choose.gumbel_choose(logits, temperature, 2**40 + 3, *rows.unbind(1))
+    want = gumbel_choose(logits, temperature, 2**40 + 3, *rows.unbind(1))
     token, logprob = choose.triton_choose(
         logits.to(DEVICE), torch.tensor([temperature], device=DEVICE),
         torch.tensor([2**40 + 3], device=DEVICE), *rows.to(DEVICE).unbind(1), splits)
@@ -144,7 +166,7 @@ def test_choices_follow_the_distribution(version):
             token, logprob = choose.choose_token(rows, 1.3, uniform)
         else:
             trace = torch.arange(start, start + 4000)
-            token, logprob = choose.gumbel_choose(rows, 1.3, 11, trace, trace % 7)
+            token, logprob = gumbel_choose(rows, 1.3, 11, trace, trace % 7)
         assert torch.allclose(logprob, p.log()[token].float(), atol=1e-5)
         counts += torch.bincount(token, minlength=V)
     tiny.assert_distributed(counts, p, draws)

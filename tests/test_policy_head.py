@@ -187,7 +187,7 @@ def rms_errors(got, want, names=("logp", "entropy", "dhidden", "dweight")):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])  # powers of two: both ways round the same logits
 def test_bfloat16_errs_hardly_more_than_plain_pytorch(version, monkeypatch, temperature):
-    monkeypatch.setattr(head, "product_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(logprob, "product_dtype", lambda hidden: hidden.dtype)
     monkeypatch.setitem(logprob.CHUNK_BYTES, DEVICE, 25 * 300 * 2)  # 4 chunks
     case = head.random_case(96, 32, 300, dtype=torch.bfloat16)
     case = (case[0] / 2, *case[1:])
@@ -200,8 +200,8 @@ def test_bfloat16_errs_hardly_more_than_plain_pytorch(version, monkeypatch, temp
 
 def test_dweight_summed_in_16_bits(version, monkeypatch):
     """As CUDA sums it for a 16-bit weight: a rounding per chunk. Four chunks, the case of the benchmark."""
-    monkeypatch.setattr(head, "product_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(head, "new_dweight", lambda weight, hidden: torch.empty_like(weight))
+    monkeypatch.setattr(logprob, "product_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(logprob, "new_dweight", lambda weight, hidden: torch.empty_like(weight))
     monkeypatch.setitem(logprob.CHUNK_BYTES, DEVICE, 24 * 300 * 2)
     case = head.random_case(96, 32, 300, dtype=torch.bfloat16)
     want = reference(case, "kl")
