@@ -672,14 +672,16 @@ def read_traces(path: str, problems: list[Problem]) -> list[dict]:
     known, records = {p.id for p in problems}, []
     hint = "write the file with sample.py --out, on the same --data"
     try:
-        for number, line in enumerate(filter(None, Path(path).read_text().split("\n")), 1):
+        for number, line in enumerate(Path(path).read_text().split("\n"), 1):
+            if not line:
+                continue
             record = json.loads(line)
             record["text"], record["correct"]
             if record["problem"] not in known:
                 raise SystemExit(f"{path}:{number}: problem {record['problem']!r} is not in --data: {hint}")
             records.append(record)
-    except OSError as error:
-        raise SystemExit(f"--traces {path}: {error.strerror}: {hint}") from error
+    except (OSError, UnicodeError) as error:  # the latter has no line, and no strerror
+        raise SystemExit(f"--traces {path}: {getattr(error, 'strerror', error)}: {hint}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path}:{number}: not a trace ({error!r}): {hint}") from error
     if not records:
