@@ -30,7 +30,6 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -209,12 +208,12 @@ class Judge:
         readout: one of READOUTS, by default its own or as its size suggests; reply_tokens: bound of the
         critique (default 96) or free reply (1024)."""
         prompts = prompts if prompts and "user" in prompts else {}  # a policy's prompts.json is not a judge's
-        small = model.num_parameters() < SMALL
-        self.readout = readout or prompts.get("readout", "likelihood" if small else "expected")
+        readout, small = readout or prompts.get("readout"), model.num_parameters() < SMALL
+        self.readout = readout or ("likelihood" if small else "expected")
         self.about = self.readout
         if self.readout == "likelihood":
             self.about += " of the reference's answer and checkpoints"
-        if not readout and not prompts:
+        if not readout:
             self.about += f" (by size: {'below' if small else 'from'} {SMALL / 1e9:g}B parameters)"
         if self.readout not in READOUTS:
             raise SystemExit(f"unknown readout {self.readout!r}: one of {', '.join(READOUTS)}")
@@ -228,14 +227,10 @@ class Judge:
         self.no_reference = prompts.get("no_reference", NO_REFERENCE)
         ask = ASK[self.readout if self.replies else "expected"]
         user = prompts.get("user", with_ask(ask, behind=self.replies))
-        if prompts:  # the same for all domains
-            self.fixed = {view: dict.fromkeys(DOMAINS, self.render(system, user))
-                          for view, system in prompts["system"].items()}
-        else:
-            self.fixed = {view: {domain: self.render(rubric(view, domain), user) for domain in DOMAINS}
-                          for view in VIEWS}
-        if self.readout == "likelihood":
-            self.conclude = self.render(CONCLUDE, UNSEEN, slots=("question", "trace"))
+        own = prompts.get("system", {})  # by view, the same for all domains
+        self.fixed = {view: {domain: self.render(own[view] if own else rubric(view, domain), user)
+                             for domain in DOMAINS} for view in own or VIEWS}
+        self.conclude = self.render(CONCLUDE, UNSEEN, slots=("question", "trace"))
         stem = prompts.get("stem", STEM)
         self.stem, self.digit_ids = self.encode(stem), []
         for digit in DIGITS:
@@ -281,16 +276,19 @@ class Judge:
         text = re.sub(r"<(?=\s*/?\s*(?:problem|reference|trace)\b)", "‹", text, flags=re.IGNORECASE)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def looked_for(self, problem: Problem) -> tuple[str, list[str]]:
-        """By `likelihood`: final answer and checkpoints. Both are empty where `expected` is to be read."""
+    def targets(self, problem: Problem) -> list[tuple[str, str]]:
+        """What `likelihood` looks for behind a trace, (stem, text) each: the final answer, if there is one,
+        then the checkpoints. Nothing: `expected` is to be read."""
         if self.readout != "likelihood" or problem.solution == self.no_reference:
-            return "", []
-        return problem.answer or last_box(problem.solution) or "", checkpoints(problem.solution)
+            return []
+        answer = problem.answer or last_box(problem.solution)
+        return ([(CONCLUSION, answer + "}")] if answer else []) + [
+            ("", point) for point in checkpoints(problem.solution)]
 
     def prompt(self, problem: Problem, view: str = "outcome") -> tuple[list[int], list[int]]:
         """The prompt before and behind the trace, as token ids. The first is shared by all of a problem's
         traces."""
-        if any(self.looked_for(problem)):
+        if self.targets(problem):
             head, opening, rest = self.conclude
             return head + self.quote(problem.question) + opening, rest
         rubrics, domain = self.fixed[view], problem.domain.partition("/")[0]
@@ -300,12 +298,11 @@ class Judge:
     def questions(self, problem: Problem, view: str) -> tuple[list[int], list[tuple], bool]:
         """The prompt before a trace; behind it (suffix, target) pairs: how likely is the target after the
         suffix, or without a target: which digit, or what reply; and is the first target a final answer?"""
-        before, behind = self.prompt(problem, view)
-        answer, points = self.looked_for(problem)
-        asked = [(behind, self.quote(point)) for point in points]
-        if answer:
-            asked = [(behind + self.encode(CONCLUSION), self.quote(answer + "}")), *asked]
-        return before, asked or [(behind + ([] if self.replies else self.stem), [])], bool(answer)
+        (before, behind), targets = self.prompt(problem, view), self.targets(problem)
+        if not targets:
+            return before, [(behind + ([] if self.replies else self.stem), [])], False
+        asked = [(behind + self.encode(stem), self.quote(text)) for stem, text in targets]
+        return before, asked, targets[0][0] == CONCLUSION
 
     def grade(self, problems: list[Problem], traces: list, view: str = "outcome") -> list[Verdict]:
         """One Verdict per trace; problems[i] belongs to traces[i], traces of one problem stand together.
@@ -319,78 +316,70 @@ class Judge:
         room = limit - (self.reply_tokens + len(self.stem) if self.replies else 0)
         steps = [[trace] for trace in traces] if view == "outcome" else traces
         keys = [(problem.question, problem.solution, problem.answer, problem.domain) for problem in problems]
-        known: dict[tuple, tuple] = {}
-        passes: list[tuple] = []  # what `read` reads
-        compared: set[tuple] = set()  # keys of which `likelihood` reads an empty trace, too
-        for i, (problem, key, some) in enumerate(zip(problems, keys, steps)):
-            if key not in known:
-                known[key] = self.questions(problem, view)
+        known = {key: self.questions(problem, view) for key, problem in dict(zip(keys, problems)).items()}
+        # Passes (ids, forks), a fork being (place, cut, suffix, target): what follows ids[:cut] + suffix? The
+        # sampler reads all forks in one pass over ids, and computes once what neighbours share.
+        sought, graded = [], []
+        compared = set()  # keys whose empty trace `likelihood` reads, too
+        for i, (key, some) in enumerate(zip(keys, steps)):
             before, asked, _ = known[key]
+            passes = sought if asked[0][1] else graded
             length = max(len(suffix) + len(target) for suffix, target in asked)
-            shown: list[int] = []
+            ids = before
             for k, step in enumerate(some):
-                own = self.quote(step)  # step by step: a longer prefix starts with the ids of a shorter one
-                shown = shown + own if view == "prefix" else own
-                if len(before) + len(shown) + length > room:
+                # step by step: a longer prefix starts with the ids of a shorter one
+                ids = (ids if view == "prefix" else before) + self.quote(step)
+                if len(ids) + length > room:
                     continue
-                forks = [((i, k), len(before) + len(shown), *pair) for pair in asked]
+                forks = [((i, k), len(ids), *pair) for pair in asked]
                 if view == "prefix" and k and not self.replies:  # the trace and its prefixes are one pass
                     forks = passes.pop()[1] + forks
-                if asked[0][1] and key not in compared:
+                if passes is sought and key not in compared:
                     compared.add(key)
                     forks = [(key, len(before), *pair) for pair in asked] + forks
-                passes.append((before + shown, forks))
-        found: dict[tuple, list] = {}
-        for place, value, text in self.read(passes):
-            found.setdefault(place, []).append((value, text))
+                passes.append((ids, forks))
+        found = (self.read_targets(sought) if sought else {}) | (self.read_grades(graded) if graded else {})
 
         def result(i, k) -> tuple[float, str]:
             if (i, k) not in found:
                 return math.nan, f"longer than the judge's context of {limit} tokens"
-            if keys[i] not in compared:
-                return found[i, k][0]
-            given, without = ([logps for logps, _ in found[place]] for place in ((i, k), keys[i]))
-            return closeness(given, without, known[keys[i]][2]), ""
+            if keys[i] in compared:
+                return closeness(found[i, k], found[keys[i]], known[keys[i]][2]), ""
+            return found[i, k]
 
-        verdicts = []
-        for i, some in enumerate(steps):
-            results = [result(i, k) for k in range(len(some))]
-            verdicts.append(Verdict(tuple(s for s, _ in results), "\n".join(t for _, t in results if t)))
-        return verdicts
+        results = [[result(i, k) for k in range(len(some))] for i, some in enumerate(steps)]
+        return [Verdict(tuple(s for s, _ in some), "\n".join(text for _, text in some if text))
+                for some in results]
 
-    def read(self, passes: list[tuple]) -> Iterator[tuple]:
-        """Passes of (ids, forks), a fork being (place, cut, behind, target): what follows ids[:cut] + behind?
-        Yields for each fork its place; the log-probs of its target's tokens, or else s in [0,1] or NaN; and
-        what the judge wrote.
+    def read_targets(self, passes: list[tuple]) -> dict[tuple, list[np.ndarray]]:
+        """Place -> the log-probs of the tokens of each of its targets."""
+        logps = self.sampler.target_logprobs([ids for ids, _ in passes],
+                                             [[fork[1:] for fork in forks] for _, forks in passes])
+        found: dict[tuple, list] = {}
+        for place, logp in zip((place for _, forks in passes for place, *_ in forks), logps, strict=True):
+            found.setdefault(place, []).append(logp.numpy())
+        return found
 
-        The sampler reads all forks in one pass over ids, computes once what neighbours share, and reads the
-        digits over a reply's own cache."""
-        sought = [(ids, forks) for ids, forks in passes if forks[0][3]]
-        graded = [(ids, forks) for ids, forks in passes if not forks[0][3]]
-        if sought:
-            logps = self.sampler.target_logprobs([ids for ids, _ in sought],
-                                                 [[fork[1:] for fork in forks] for _, forks in sought])
-            places = [place for _, forks in sought for place, *_ in forks]
-            yield from ((place, logp.numpy(), "") for place, logp in zip(places, logps, strict=True))
-        if not graded:
-            return
-        places = [place for _, forks in graded for place, *_ in forks]
+    def read_grades(self, passes: list[tuple]) -> dict[tuple, tuple[float, str]]:
+        """Place -> s in [0,1] or NaN, and what the judge wrote. Digits are read over a reply's own cache."""
+        places = [place for _, forks in passes for place, *_ in forks]
         texts = [""] * len(places)
         if self.replies:
             stem = self.stem if self.readout == "critique" else []
-            rollouts, logits = self.sampler.reply_logits([ids + forks[0][2] for ids, forks in graded], stem,
+            rollouts, logits = self.sampler.reply_logits([ids + forks[0][2] for ids, forks in passes], stem,
                                                          self.digit_ids, self.reply_tokens,
                                                          end_ids=self.stops)
-            replies = [list(r.token_ids[:-1] if r.finished else r.token_ids) for r in rollouts]
-            texts = [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
+            texts = [self.tokenizer.decode(r.token_ids[: len(r.token_ids) - r.finished],  # less the end token
+                                           skip_special_tokens=True) for r in rollouts]
         else:
-            logits = self.sampler.next_logits([ids for ids, _ in graded], self.digit_ids,
-                                              [[fork[1:3] for fork in forks] for _, forks in graded])
+            logits = self.sampler.next_logits([ids for ids, _ in passes], self.digit_ids,
+                                              [[fork[1:3] for fork in forks] for _, forks in passes])
         if self.readout == "generate":
             grades = [read_grade(text, self.word) for text in texts]
         else:
             grades = expected_grade(logits)
-        yield from zip(places, map(score, grades), texts, strict=True)
+        return {place: (score(grade), text)
+                for place, grade, text in zip(places, grades, texts, strict=True)}
 
 
 def expected_grade(logits: torch.Tensor) -> list[float]:
@@ -422,10 +411,10 @@ def closeness(given: list[np.ndarray], without: list[np.ndarray], answered: bool
 
     An answer is right as a whole: the geometric mean over its tokens, which does not count its length. A
     checkpoint may be met in parts, in other words: the arithmetic mean."""
-    answer = [gain(*(float(np.exp(x.mean())) for x in pair)) for pair in zip(given[:answered], without)]
-    points = [gain(*(float(np.exp(x).mean()) for x in pair))
-              for pair in zip(given[answered:], without[answered:])]
-    return 1 - (1 - sum(answer)) * (1 - (sum(points) / len(points) if points else 0))
+    gains = [gain(*(float(np.exp(x.mean()) if k < answered else np.exp(x).mean()) for x in pair))
+             for k, pair in enumerate(zip(given, without))]
+    answer, points = gains[:answered], gains[answered:]
+    return 1 - (1 - sum(answer)) * (1 - sum(points) / max(len(points), 1))
 
 
 def gain(s: float, without: float) -> float:
@@ -450,12 +439,10 @@ def read_grade(reply: str, word: str = "score") -> float:
 
 def auroc(scores: np.ndarray, correct: np.ndarray) -> float:
     """P(a correct trace's score > an incorrect one's), ties half (Mann-Whitney). NaN without both kinds."""
-    positive, negative = int(correct.sum()), int((~correct).sum())
-    if not positive or not negative:
+    right, wrong = scores[correct, None], scores[~correct]
+    if not right.size or not wrong.size:
         return math.nan
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # average rank of each tie
-    return float((ranks[correct].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    return float((right > wrong).mean() + (right == wrong).mean() / 2)
 
 
 def with_reference(problems: list[Problem], condition: str, no_reference: str,
@@ -638,7 +625,7 @@ def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], 
     rollouts = iter(Sampler(policy.model).sample(prompts, n, room, temperature, seed))
     right = [[is_correct(text + policy.text(next(rollouts).token_ids), problem.answer) for _ in range(n)]
              for problem, text in prefixes]
-    return steps, np.mean(np.reshape(right, (-1, n)), 1)
+    return steps, np.mean(right, 1)
 
 
 def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict], steps: list[list[str]],
@@ -648,10 +635,10 @@ def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict
     corr_within: the same after taking off each problem's means, for some problems are easier than others."""
     by_id = {p.id: p for p in problems}
     verdicts = judge.grade([by_id[r["problem"]] for r in records], steps, "prefix")
-    ids = np.array([r["problem"] for r, some in zip(records, steps) for _ in some])
     grades = np.array([g for v in verdicts for g in v.grades])
     read = ~np.isnan(grades)
-    grades, success, ids = grades[read], success[read], ids[read]
+    ids = np.array([r["problem"] for r, some in zip(records, steps) for _ in some])[read]
+    grades, success = grades[read], success[read]
     low, high = interval_over_problems(ids, lambda rows: correlation(grades[rows], success[rows]), seed)
     return {"prefixes": len(grades), "success": mean(success), "corr": correlation(grades, success),
             "corr_low": low, "corr_high": high, "corr_within": correlation(*centred(ids, grades, success)),
@@ -672,14 +659,16 @@ def read_traces(path: str, problems: list[Problem]) -> list[dict]:
     known, records = {p.id for p in problems}, []
     hint = "write the file with sample.py --out, on the same --data"
     try:
-        for number, line in enumerate(filter(None, Path(path).read_text().split("\n")), 1):
+        for number, line in enumerate(Path(path).read_text().split("\n"), 1):
+            if not line:
+                continue
             record = json.loads(line)
             record["text"], record["correct"]
             if record["problem"] not in known:
                 raise SystemExit(f"{path}:{number}: problem {record['problem']!r} is not in --data: {hint}")
             records.append(record)
-    except OSError as error:
-        raise SystemExit(f"--traces {path}: {error.strerror}: {hint}") from error
+    except (OSError, UnicodeError) as error:  # the latter has no line, and no strerror
+        raise SystemExit(f"--traces {path}: {getattr(error, 'strerror', error)}: {hint}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path}:{number}: not a trace ({error!r}): {hint}") from error
     if not records:
@@ -763,29 +752,29 @@ def main() -> None:
                     "compare with exact match. A judge to train on ranks right traces first (AUROC near 1)\n"
                     "and loses that with a wrong reference.",
         epilog=EXAMPLES, usage="python judge.py [flags]", formatter_class=Help)
-    parser.add_argument("--judge", default=str(MINIATURE / "judge"),
-                        help="folder, hub id, or well-known name")
-    parser.add_argument("--data", nargs="+", default=[str(MINIATURE / "dev.jsonl")],
-                        help="files or hub data set ids; science=FILE names the domain of a file's rows")
-    parser.add_argument("--traces", help="JSONL of `sample.py --out` on this data; default: sampled first")
-    parser.add_argument("--policy", help="who writes them; default: the judge's model or the embedded policy")
-    parser.add_argument("--n", type=int, default=4, help="traces per problem, where they are sampled")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="where a sampled trace is cut off")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of sampling")
-    parser.add_argument("--conditions", nargs="+", default=["right", "none", "wrong"],
-                        choices=["right", "none", "wrong"], help="what the judge sees as reference")
-    parser.add_argument("--readout", nargs="+", choices=READOUTS, default=[None],
-                        help="one or several; default: the judge's own, or by its size (see judge.SMALL)")
-    parser.add_argument("--probes", action="store_true",
-                        help="also grade hostile traces: flattery, forged fences, answers without work, ...")
-    parser.add_argument("--prefixes", type=int, default=0, metavar="N",
-                        help="also cut traces at their steps, let the policy go on N times from each cut, "
-                             "and compare prefix grades with the share that ends right (slow)")
-    parser.add_argument("--limit", type=int, default=256, help="only the first so many traces")
-    parser.add_argument("--out", type=Path, help="write all of it as JSON, and sampled traces beside it")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, wrong references and intervals")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add = parser.add_argument
+    add("--judge", default=str(MINIATURE / "judge"), help="folder, hub id, or well-known name")
+    add("--data", nargs="+", default=[str(MINIATURE / "dev.jsonl")],
+        help="files or hub data set ids; science=FILE names the domain of a file's rows")
+    add("--traces", help="JSONL of `sample.py --out` on this data; default: sampled first")
+    add("--policy", help="who writes them; default: the judge's model or the embedded policy")
+    add("--n", type=int, default=4, help="traces per problem, where they are sampled")
+    add("--max-new-tokens", type=int, default=1024, help="where a sampled trace is cut off")
+    add("--temperature", type=float, default=0.8, help="of sampling")
+    add("--conditions", nargs="+", default=["right", "none", "wrong"], choices=["right", "none", "wrong"],
+        help="what the judge sees as reference")
+    add("--readout", nargs="+", choices=READOUTS, default=[None],
+        help="one or several; default: the judge's own, or by its size (see judge.SMALL)")
+    add("--probes", action="store_true",
+        help="also grade hostile traces: flattery, forged fences, answers without work, ...")
+    add("--prefixes", type=int, default=0, metavar="N",
+        help="also cut traces at their steps, let the policy go on N times from each cut, and compare prefix "
+             "grades with the share that ends right (slow)")
+    add("--limit", type=int, default=256, help="only the first so many traces")
+    add("--out", type=Path, help="write all of it as JSON, and sampled traces beside it")
+    add("--seed", type=int, default=0, help="of sampling, wrong references and intervals")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out: the folder {args.out.parent} does not exist")

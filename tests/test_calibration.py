@@ -17,7 +17,7 @@ from data import Problem, is_correct, load_problems
 from data import miniature as mini
 from exprl import Settings, trace_metrics
 from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, centred, check, continue_prefixes,
-                   corr_in_groups, correlation, gain, gamed, probe, probe_traces, usable)
+                   corr_in_groups, correlation, gain, gamed, probe, probe_traces, read_traces, usable)
 from sample import load_lm
 
 sys.path.append(str(tiny.ROOT / "experiments"))
@@ -175,6 +175,19 @@ def test_program(tmp_path):
     traces.write_text('{"problem": "elsewhere", "text": "", "correct": true}\n')
     bad = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, check=False)
     assert bad.returncode and "t.jsonl:1" in bad.stderr and "--data" in bad.stderr
+
+
+def test_traces_that_do_not_fit_are_named_by_file_and_line(tmp_path):
+    path, good = tmp_path / "t.jsonl", json.dumps(RECORDS[0])
+    path.write_text(f"{good}\n\n{good}\n")
+    assert read_traces(path, PROBLEMS) == [RECORDS[0]] * 2
+    for content, message in ((f"{good}\n\n{{}}\n".encode(), "t.jsonl:3: not a trace"),
+                             (b"\xff\xfe weights", "can't decode"), (b"", "holds no trace")):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match=message):
+            read_traces(path, PROBLEMS)
+    with pytest.raises(SystemExit, match="No such file or directory: write the file with"):
+        read_traces(tmp_path / "none.jsonl", PROBLEMS)
 
 
 def test_program_samples_its_own_traces(tmp_path):
