@@ -167,9 +167,10 @@ def layer_kinds(config) -> list[str]:
 
 
 def covers(config) -> bool:
-    """Can the paged cache serve this architecture?"""
+    """Can the paged cache serve this architecture? Not where a row's angles depend on other rows' lengths."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     return (config.model_type in ARCHITECTURES and layer_kinds(config) == ["full_attention"]
-            and config.hidden_act == "silu")
+            and config.hidden_act == "silu" and rope not in ("dynamic", "longrope"))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_a_step_reports_its_domains_and_how_the_judge_agrees():
 
     def record(domain, grade, correct, finished=True):
         return {"domain": domain, "grades": [grade], "correct": correct, "finished": finished, "text": "",
-                "tokens": 1, "advantage": [0.0, 1.0]}
+                "tokens": 1, "advantage": [0.0, 1.0], "judge": ""}
 
     records = [record("math", 1.0, True), record("math", 0.5, False), record("science", 0.2, False),
                record("science", None, True), record("math", 0.9, True), record("math", 0.0, False, False)]

@@ -444,6 +444,14 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
         assert word in capsys.readouterr().err
 
 
+def test_the_sampling_copy_turns_by_the_same_angles(world, monkeypatch):
+    """Rotary frequencies in bfloat16 would be whole turns off after some thousand tokens."""
+    monkeypatch.setattr(exprl, "fast_dtype", lambda dtype, device: dtype)
+    state, _ = build(world, "--dtype", "bfloat16")
+    ours, theirs = (lm.base_model.rotary_emb.inv_freq for lm in (state.sampling, state.policy.model))
+    assert next(state.sampling.parameters()).dtype == torch.bfloat16 and torch.equal(ours, theirs)
+
+
 def test_grpo_needs_no_judge(world, tmp_path):
     done = tiny.run("exprl.py", *world[1], "--method", "grpo", "--judge", "/nowhere/at/all", "--steps", 1,
                     "--out", tmp_path / "g")
