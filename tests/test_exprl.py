@@ -409,7 +409,7 @@ def test_bad_starts_name_the_remedy_before_any_model_is_loaded(world, tmp_path):
         (["--out", home], "not empty", "--resume"),
     ]
     for more, *words in cases:
-        done = tiny.run("exprl.py", *flags, *more, check=False)
+        done = tiny.inside(*flags, *more, check=False)
         assert done.returncode and "Traceback" not in done.stderr, done.stderr[-2000:]
         assert all(word in done.stderr for word in words), done.stderr[-2000:]
     settings, _ = exprl.parse([*flags, "--data", str(bad), "--skip-bad-rows"])
@@ -418,11 +418,11 @@ def test_bad_starts_name_the_remedy_before_any_model_is_loaded(world, tmp_path):
 
 def test_resume_refuses_another_run(world, whole, tmp_path):
     for more, word in ((["--seed", 9], "--seed"), (["--data", world[0] / "eval.jsonl"], "--data")):
-        done = tiny.run("exprl.py", "--resume", whole[0], *more, check=False)
+        done = tiny.inside("--resume", whole[0], *more, check=False)
         assert done.returncode and word in done.stderr
-    done = tiny.run("exprl.py", "--resume", tmp_path, check=False)
+    done = tiny.inside("--resume", tmp_path, check=False)
     assert done.returncode and "config.json" in done.stderr
-    finished = tiny.run("exprl.py", "--resume", whole[0])  # nothing left to do: the table again
+    finished = tiny.inside("--resume", whole[0])  # nothing left to do: the table again
     assert "before" in finished.stdout
 
 

@@ -195,8 +195,7 @@ def test_too_many_unread_traces_stop_all(world):
 def test_an_error_in_one_process_ends_all_with_one_message(world):
     home, flags = world
     out = home / "failing"
-    assert launch(2, "exprl.py", *flags, "--out", out).returncode == 0
-    done = worker(home, 2, (["--resume", out, "--steps", "3"], "error"))
+    done = worker(home, 2, [*flags, "--out", out], (["--resume", out, "--steps", "3"], "error"))
     assert done.returncode == 1
     assert done.stderr.count("process 1 failed while judging") == 1 and "a bug in one process" in done.stderr
     assert f"--resume {out}" in done.stderr

@@ -230,7 +230,7 @@ def test_pages_under_random_use():
             written[page] = next(serial)
             cache.pool[:, :, page.index] = written[page]
 
-    for step in range(6000):
+    for step in range(3000):
         kind = rng.random()
         if kind < 0.4 and len(live) < 12:
             ids = [rng.randrange(2) for _ in range(rng.randrange(1, 4))]

@@ -1,9 +1,11 @@
 """Tiny random checkpoints for tests: a byte-level tokenizer (digits are single tokens) and 2-layer models."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -132,3 +134,18 @@ def run(*command, check=True, env=None, cwd=ROOT, **kwargs) -> subprocess.Comple
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def inside(*arguments, check=True) -> subprocess.CompletedProcess:
+    """exprl.py in this process: what needs no process of its own need not import PyTorch once more."""
+    out, err, failed = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            exprl.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            failed = int(end.code not in (None, 0))
+            if not isinstance(end.code, int):
+                print(end.code, file=err)
+    if check:
+        assert not failed, err.getvalue()[-4000:]
+    return subprocess.CompletedProcess(arguments, failed, out.getvalue(), err.getvalue())
