@@ -1411,6 +1411,12 @@ def resume_run(run: Path, settings: Settings) -> State:
     if saved and not checkpoint:
         raise SystemExit(f"no checkpoint of {run} can be used, see above: repair that, or start a new run, "
                          "with the weights of one of them if they load: --model CHECKPOINT")
+    with together():
+        if rank() == 0 and checkpoint:
+            for damaged in saved[saved.index(checkpoint) + 1 :]:  # its step will be saved again
+                aside = damaged.with_name(damaged.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
     state = build_state(settings, checkpoint and str(checkpoint))
     if checkpoint:
         restore(state, checkpoint)

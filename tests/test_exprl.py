@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -63,7 +64,7 @@ def test_headings_are_exactly_three_hashes_at_a_line_start():
 
 
 def test_settings_help_covers_every_flag():
-    done = tiny.run("exprl.py", "--help")
+    done = tiny.inside("--help")
     for f in dataclasses.fields(Settings):
         assert "--" + f.name.replace("_", "-") in done.stdout
 
@@ -386,13 +387,15 @@ def test_signals_save_and_exit_cleanly(world, whole, tmp_path, number):
 
 
 def test_a_damaged_newest_checkpoint_falls_back(world, whole, tmp_path):
+    """And is kept aside, so that its step is saved again."""
     run = tmp_path / "damaged"
-    tiny.run("exprl.py", *flags_of_whole(world), "--steps", 4, "--out", run)
-    path = run / "checkpoints" / "step_4" / "optimizer.safetensors"
+    shutil.copytree(whole[0], run)
+    path = run / "checkpoints" / "step_6" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     (run / "checkpoints" / "step_9.tmp").mkdir()  # a torn save is no checkpoint
-    done = tiny.run("exprl.py", "--resume", run, "--steps", 6)
-    assert "cannot use" in done.stderr and "after step 2" in done.stdout
+    done = tiny.run("exprl.py", "--resume", run)
+    assert "cannot use" in done.stderr and "after step 4" in done.stdout
+    assert (run / "checkpoints" / "step_6.damaged" / path.name).stat().st_size == 100
     same_end(run, whole[0])
 
 
@@ -453,8 +456,8 @@ def test_the_sampling_copy_turns_by_the_same_angles(world, monkeypatch):
 
 
 def test_grpo_needs_no_judge(world, tmp_path):
-    done = tiny.run("exprl.py", *world[1], "--method", "grpo", "--judge", "/nowhere/at/all", "--steps", 1,
-                    "--out", tmp_path / "g")
+    done = tiny.inside(*world[1], "--method", "grpo", "--judge", "/nowhere/at/all", "--steps", 1,
+                       "--out", tmp_path / "g")
     line = json.loads((tmp_path / "g" / "metrics.jsonl").read_text().split("\n")[:-1][0])
     assert line["score"] is None and line["judge_tok_s"] is None and "no judge" in done.stdout
 

@@ -70,7 +70,7 @@ def test_a_real_run_is_read_whole(tmp_path):
     """Also holds the report to exprl.py's names, and its fingerprint of the data to exprl.fingerprint's."""
     run = tmp_path / "mini"
     flags = "--steps 2 --questions 2 --group 2 --eval-limit 4 --eval-n 2 --eval-k 1 2".split()
-    subprocess.run([sys.executable, "exprl.py", *flags, "--out", run], cwd=tiny.ROOT, check=True)
+    tiny.inside(*flags, "--out", run)
     report.main([str(run)])
     page = embedded((run / "report.html").read_bytes())
     assert page["notices"] == [] and page["runs"][0]["step"] == 2 and page["ks"] == ["pass@1", "pass@2"]
@@ -221,7 +221,7 @@ def test_a_live_line_on_a_terminal_and_plain_lines_in_a_log(tmp_path):
     assert re.search(r"^\S+ +\d+ s left  score 0\.\d{3}  accuracy \d+\.\d%", live[0])
     assert max(map(len, live)) <= 70 - len("step 1/3 "), "the line is broken in two"
     assert " left" not in live[-1] and not re.search(r"^step 1/3  ", written, re.M)
-    log = tiny.run("exprl.py", *flags, "--steps", 3, "--out", home / "log")
+    log = tiny.inside(*flags, "--steps", 3, "--out", home / "log")
     assert re.search(r"^step 1/3  " + facts + r"  \d+\.\d s$", log.stdout, re.M)
     assert not re.search(r"[\r\x1b]", log.stdout + log.stderr) and "evaluating" not in log.stdout + log.stderr
 
@@ -243,9 +243,9 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
                                       reason="pip install tensorboard")
     home, flags = tiny.training_world(tmp_path)
     flags += ["--eval-data", home / "eval.jsonl", "--eval-n", 2, "--eval-k", 1, "--save-every", 2]
-    tiny.run("exprl.py", *flags, "--steps", 3, "--log", "tensorboard", "--out", home / "run")
+    tiny.inside(*flags, "--steps", 3, "--log", "tensorboard", "--out", home / "run")
     shutil.rmtree(home / "run/checkpoints/step_3")  # as if killed before it: step 3 is done again
-    tiny.run("exprl.py", "--resume", home / "run", "--steps", 4)
+    tiny.inside("--resume", home / "run", "--steps", 4)
     events = accumulator.EventAccumulator(str(home / "run/tensorboard")).Reload()
     logged = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     lines = exprl.read_jsonl(home / "run/metrics.jsonl")
