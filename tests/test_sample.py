@@ -138,6 +138,26 @@ def test_forks_read_every_cut_in_one_pass():
         Sampler(net).next_logits([[1, 2]], [3], [[(0, [1])]])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device")])])
+def test_masked_prefill_in_bfloat16_at_every_alignment(device):
+    """65 to 98 keys and a mask: no worse than plain passes in bfloat16. GPU kernels
+    pad such masks, and take the heads' repetition by its strides."""
+    shape = dict(hidden_size=128, num_attention_heads=6, num_key_value_heads=2, head_dim=64)
+    exact = tiny.model(seed=5, **shape).bfloat16().double()
+    net = tiny.model(seed=5, **shape).to(device, torch.bfloat16)
+    head = [i % 250 for i in range(64)]
+    prompts = [head + [(7 * n * i) % 250 for i in range(n)] for n in range(1, 35)]
+    forks = [[(len(p), []), (40, [7, 8, 9]), (len(p) - 1, [5] * 4)] for p in prompts]
+    got = Sampler(net, prefill_tokens=300).next_logits(prompts, list(range(260)), forks).double().cpu()
+    asked = [p[:cut] + suffix for p, some in zip(prompts, forks) for cut, suffix in some]
+    with torch.no_grad():
+        want, plain = (torch.cat([lm(torch.tensor([ids], device=lm.device)).logits[:, -1].double().cpu()
+                                  for ids in asked]) for lm in (exact, net))
+    error, plain_error = ((x - want).norm(dim=1) / want.norm(dim=1) for x in (got, plain))
+    assert error.max() < 1.5 * plain_error.max() and error.mean() < 1.2 * plain_error.mean()
+
+
 @pytest.mark.parametrize("chunk", [2048, 9])
 def test_target_logprobs_are_those_of_a_full_pass(chunk, monkeypatch):
     """Those of many long suffixes, too, which take several runs behind one prompt."""
