@@ -68,7 +68,7 @@ from kernels import pack, packed_attention, policy_head, reverse_kl, token_advan
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
 from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype, problems_or_exit
-from sample import resolve_model, summary, too_long, traces_of, write_atomically
+from sample import require_plain_head, resolve_model, summary, too_long, traces_of, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
 # The name has no mask function registered with it, so transformers builds no mask.
@@ -745,6 +745,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
     held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
+    require_plain_head(policy.model)
     train = fit(policy, train, settings, "training")
     held_out = fit(policy, held_out[: settings.eval_limit], settings, "held-out")
     if not train:

@@ -39,7 +39,7 @@ import torch
 from data import MINIATURE, Problem, is_correct
 from data.answers import last_box
 from sample import LM, Help, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, traces_of
-from sample import jsonl, write_atomically
+from sample import jsonl, require_plain_head, write_atomically
 
 # What the rubric says about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -219,6 +219,8 @@ class Judge:
             raise SystemExit(f"unknown readout {self.readout!r}: one of {', '.join(READOUTS)}")
         if getattr(tokenizer, "chat_template", None) is None:
             raise SystemExit("this judge has no chat template, so it cannot be asked: take an instruct model")
+        if self.readout != "generate":
+            require_plain_head(model)
         self.model, self.tokenizer = model, tokenizer
         self.sampler = Sampler(model, max_rows, cache_gb)
         self.replies = self.readout in ("critique", "generate")

@@ -173,6 +173,21 @@ def covers(config) -> bool:
             and config.hidden_act == "silu" and rope not in ("dynamic", "longrope"))
 
 
+@torch.no_grad()
+def require_plain_head(model) -> None:
+    """Training and judging take logits as hidden states times the head's weights. Refuse a model that scales
+    them, caps them or adds to them (Granite, Cohere, Gemma 2, Phi)."""
+    if covers(model.config):
+        return
+    ids, weight = torch.arange(1, 9, device=model.device)[None], model.get_output_embeddings().weight
+    logits = model(input_ids=ids).logits
+    gap = (model.base_model(input_ids=ids).last_hidden_state @ weight.T - logits).norm() / logits.norm()
+    if not gap < 0.02 or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise SystemExit(f"{model.config.model_type}: its logits are not hidden states times the head's weights, "
+                         "as training and judging take them to be: choose another model, or for a judge "
+                         "--readout generate")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Pages: who holds which
 
@@ -606,9 +621,14 @@ class Sampler:
                 progress(len(traces))
 
         if not self.covered:
-            for work in waiting:
-                self.sample_slowly(list(work.traces), rows)
-                hand_over(work.traces)
+            training = self.model.training  # transformers has no cache then, if activations are checkpointed
+            try:
+                self.model.eval()
+                for work in waiting:
+                    self.sample_slowly(list(work.traces), rows)
+                    hand_over(work.traces)
+            finally:
+                self.model.train(training)
             return results
         wanted = (len(rows.buffer) + 2) * longest + self.prefill_tokens // PAGE
         with self.open(wanted, longest) as cache:

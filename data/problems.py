@@ -169,7 +169,9 @@ def _chosen(row: dict, options: dict[str, str]) -> str:
     if type(row.get("answer")) is int and 0 <= row["answer"] < len(options):
         return list(options)[row["answer"]]
     answer = _text(row, "answer") or _text(row, "answerKey")
-    named = [letter for letter, text in options.items() if answer in (letter, text)]
+    if answer in options:  # also where another option's text is that letter
+        return answer
+    named = [letter for letter, text in options.items() if text == answer]
     if answer and not named:
         raise ValueError(f"the answer {answer!a:.40} is none of the choices {', '.join(options)}")
     return named[0] if named else ""

@@ -354,6 +354,16 @@ def test_options_are_shown_in_the_question(tmp_path, row):
     assert problem.solution.endswith("\n\\boxed{B}")  # what the judge compares with
 
 
+@pytest.mark.parametrize("row, answer", [
+    ({"choices": {"label": ["1", "2", "3"], "text": ["2", "1", "4"]}, "answerKey": "2"}, "2"),
+    ({"choices": ["B", "O", "A"], "answer": "B"}, "B"),
+    ({"choices": ["10", "3", "2"], "answer": "2"}, "C"),
+])
+def test_an_answer_that_is_a_letter_is_the_letter(tmp_path, row, answer):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "q"} | row) + "\n")
+    assert load_problems(str(tmp_path / "p.jsonl"))[0].answer == answer
+
+
 @pytest.mark.parametrize("row, reason", [
     ({"choices": ["one"], "answer": 0}, "2 to 26 texts"),
     ({"choices": [1, 2], "answer": 0}, "2 to 26 texts"),

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import transformers
 
 import sample
 from kernels.paged_attention import triton_paged_attention
@@ -348,14 +349,31 @@ def test_other_families_take_the_slow_path(capsys):
     for prompt, rollout in zip(prompts, sampler.sample(prompts, 1, 40, temperature=0)):
         assert list(rollout.token_ids) == generate(net, prompt, 40)
         assert rollout.finished == (rollout.token_ids[-1] in ends)
-    rollouts = sampler.sample(prompts, 2, 20, 0.7, seed=5)
-    assert len(rollouts) == 6 and rollouts[0].token_ids != rollouts[1].token_ids
-    for r in rollouts:
+    before = sampler.sample(prompts, 2, 20, 0.7, seed=5)
+    assert len(before) == 6 and before[0].token_ids != before[1].token_ids
+    for r in before:
         assert r.logprobs == pytest.approx(teacher_forced(net, r, 0.7), abs=1e-4)
     rollouts, logits = sampler.reply_logits(prompts, [7, 8], [3, 1], 10)
     bodies = [r.token_ids[: len(r.token_ids) - r.finished] for r in rollouts]
     again = sampler.next_logits([p + list(b) + [7, 8] for p, b in zip(prompts, bodies)], [3, 1])
     assert torch.allclose(logits, again, atol=1e-4)
+    net.gradient_checkpointing_enable()  # in training mode transformers then keeps no cache
+    net.train()
+    assert [r.token_ids for r in sampler.sample(prompts, 2, 20, 0.7, seed=5)] == [r.token_ids for r in before]
+    assert net.training
+
+
+@pytest.mark.parametrize("family, what", [("Granite", dict(logits_scaling=8.0)), ("Cohere", {}), ("Phi", {})])
+def test_a_head_that_is_no_plain_product_is_refused(family, what):
+    """Training and judging would take other logits than the model's own."""
+    shape = dict(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                 intermediate_size=64, bos_token_id=0, eos_token_id=256, pad_token_id=256)
+    config = getattr(transformers, family + "Config")(**shape, **what)
+    with pytest.raises(SystemExit, match="logits are not hidden states times"):
+        sample.require_plain_head(transformers.AutoModelForCausalLM.from_config(config))
+    layers = ["full_attention", "sliding_attention"]
+    sample.require_plain_head(tiny.model(layer_types=layers, sliding_window=16, use_sliding_window=True,
+                                         max_window_layers=0))
 
 
 def test_sampled_tokens_follow_the_distribution():
