@@ -47,15 +47,15 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     if device == "cpu":
         cache = min(cache, 4 * 2**30)
 
-    # training: a micro-batch's rows share their prompts in L tokens; attention holds each row whole
+    # training: a micro-batch's rows share their prompts in L tokens; on a GPU attention holds each row whole
     rows_at_once = min(traces, max(1, settings.microbatch_tokens // length))
     L = rows_at_once * settings.max_new_tokens + -(-rows_at_once // settings.group) * prompt
-    attended = rows_at_once * length
     # Saved for the backward, bytes a token: two norms keep their float32 input and result, and autocast one
-    # copy of the output for each of 5 products (float32: one for all); attention q, repeated k and v, and its
-    # output; the MLP four tensors.
+    # copy of the output for each of 5 products (float32: one for all); attention q, k and v (on a GPU of each
+    # row, and k and v repeated) and its output; the MLP four tensors.
     qk_norm = (8 + b) * (q + kv) if config.model_type == "qwen3" else 0
-    layer = L * (16 * d + (10 if low else 8) * d + b * q + 4 * b * f + qk_norm) + attended * 4 * b * q
+    layer = L * (16 * d + (10 if low else 8) * d + b * q + 4 * b * f + qk_norm)
+    layer += L * b * (q + 2 * kv) if device == "cpu" else rows_at_once * length * 4 * b * q
     if settings.checkpoint_activations:
         activations = layers * 4 * L * d + layer  # one at a time is made again
     else:
