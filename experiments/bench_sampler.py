@@ -55,12 +55,13 @@ def padded(model, prompts):
 
 
 @torch.inference_mode()
-def generate(model, prompts, n, tokens, temperature):
-    """transformers' generate on all rows at once -> useful tokens of each row."""
+def generate(model, prompts, n, tokens, temperature, least=0):
+    """transformers' generate on all rows at once, none shorter than `least` -> useful tokens of each row."""
     ids, mask = padded(model, [p for p in prompts for _ in range(n)])
     options = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else (
         dict(do_sample=False))
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=0, **options)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=least, pad_token_id=0,
+                         **options)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     new = out[:, ids.shape[1]:].tolist()
@@ -119,8 +120,10 @@ def prefix_grades(judge, problems, traces, steps=6):
 
 
 def judging(policy, lm, problems, rounds, tokens):
-    """8 traces a problem by the policy, at most `tokens` long, and 6 prefixes of each. `generate` replies as
-    the readout of that name does: until every row has ended, at most the judge's default of tokens."""
+    """8 traces a problem by the policy, at most `tokens` long, and 6 prefixes of each. `generate` is asked as
+    by the readout of that name. What it costs depends on what the judge has to say, a small one often no more
+    than a grade: so its own replies until every row has ended, and replies of a given length. (The paper's
+    judge writes some 500 to 700 tokens.)"""
     rollouts = Sampler(policy.model).sample([policy.chat(p.question) for p in problems], 8, tokens, 0.8)
     texts, group = [policy.text(r.token_ids) for r in rollouts], [p for p in problems for _ in range(8)]
     judge = Judge(lm.model, lm.tokenizer, readout="expected")
@@ -133,8 +136,12 @@ def judging(policy, lm, problems, rounds, tokens):
     gap = max(abs(a - b) for a, b in zip(best["sample.py, shared pages"][0],
                                          best["each prompt alone, padded batches"][0]))
     print(f"  largest difference of a grade between shared pages and alone: {gap:.2g}")
-    best |= race({f"transformers generate, at most {free.reply_tokens} tokens":
-                  lambda: generate(lm.model, asked, 1, free.reply_tokens, 0.0)}, 1)
+    replies = race({f"transformers generate, replies of {length} tokens":
+                    lambda length=length: generate(lm.model, asked, 1, length, 0.0, least=length)
+                    for length in (256, 512)}
+                   | {"own": lambda: generate(lm.model, asked, 1, free.reply_tokens, 0.0)}, 1)
+    own = replies.pop("own")
+    best |= replies | {f"transformers generate, own replies of {min(own[0])} to {max(own[0])} tokens": own}
     for label, (_, wall, cpu) in best.items():
         yield dict(what="judging", by=label, rows=len(texts), tokens="", useful=len(texts), wall=wall,
                    cpu=cpu)
