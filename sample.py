@@ -53,7 +53,7 @@ if _ours is not None:
     sys.modules["kernels"] = _ours
 
 from data import MINIATURE, Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
-from kernels import choose_token, paged_attention, plan_pages, token_logprob  # noqa: E402
+from kernels import choose_token, paged_attention, plan_pages, rotate_, swiglu, token_logprob  # noqa: E402
 from kernels.choose_token import triton, triton_choose  # noqa: E402
 from kernels.token_logprob import product_dtype  # noqa: E402
 
@@ -298,31 +298,58 @@ PACKS = {torch.float32, torch.bfloat16} if platform.machine() in ("x86_64", "AMD
 
 class Linear:
     """Linear layers that read the same input, side by side: x W^T + b, then "swish", or "add" or "mul" with
-    another tensor. dtype: of the products, see Network.
+    another tensor, which may be overwritten. dtype: of the products, see Network.
 
     On an x86 CPU the weights are a copy in oneDNN's own layout, 1.2 (64 rows, bfloat16) to 1.7 times (16)
-    faster, and what follows the product is done before the result is rounded."""
+    faster, and what follows the product is done before the result is rounded. On a GPU one product serves all
+    layers, and the sum is the product's own."""
 
     def __init__(self, dtype: torch.dtype, *modules):
         self.modules, weight = modules, modules[0].weight
+        plain = all(type(m) is torch.nn.Linear for m in modules)
         self.packed = (weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-                       and dtype in PACKS and all(type(m) is torch.nn.Linear for m in modules))
+                       and dtype in PACKS and plain)
+        self.joined = weight.is_cuda and plain and weight.dtype == dtype
+        biases = [m.bias for m in modules if m.bias is not None]
         if self.packed:
             weight = (torch.cat([m.weight for m in modules]) if modules[1:] else weight).detach().to(dtype)
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 64)  # for some 64 rows
-            biases = [m.bias.detach().to(dtype) for m in modules if m.bias is not None]
-            self.bias = torch.cat(biases) if biases else None
+            self.bias = torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None
+        elif self.joined:
+            self.weight = side_by_side([m.weight for m in modules])
+            self.bias = side_by_side(biases) if biases else None
 
     def __call__(self, x, then="none", other=None):
         if self.packed and other is None:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, then, [], "")
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, then)
-        y = [m(x.to(m.weight.dtype)) for m in self.modules]
-        y = (torch.cat(y, -1) if y[1:] else y[0]).to(x.dtype)
+        if self.joined and then == "add" and self.bias is None:
+            return other.addmm_(x, self.weight.T)
+        if self.joined:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = [m(x.to(m.weight.dtype)) for m in self.modules]
+            y = (torch.cat(y, -1) if y[1:] else y[0]).to(x.dtype)
         if other is None:
             return F.silu(y) if then == "swish" else y
         return y.add_(other) if then == "add" else y.mul_(other)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def side_by_side(parameters):
+    """One tensor whose rows are those of the parameters, one after the other: not a copy, but where they lie
+    from now on, so that it follows when they change in place."""
+    first, at = parameters[0], parameters[0].data_ptr()
+    for p in parameters:
+        if p.data_ptr() != at or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            joined = torch.cat([p.data for p in parameters])
+            for p, part in zip(parameters, joined.split([len(p) for p in parameters])):
+                p.data = part
+            return joined
+        at += p.nbytes
+    return first.detach().as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
 
 
 class Network:
@@ -336,9 +363,16 @@ class Network:
         self.base, config, self.dtype = model.base_model, model.config, network_dtype(model)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         linear = partial(Linear, self.dtype)
-        self.layers = [(layer, linear(a.q_proj, a.k_proj, a.v_proj), linear(a.o_proj), linear(m.gate_proj),
-                        linear(m.up_proj), linear(m.down_proj))
-                       for layer in self.base.layers for a, m in [(layer.self_attn, layer.mlp)]]
+        self.layers = []
+        for layer in self.base.layers:
+            a, m = layer.self_attn, layer.mlp
+            gate_up = linear(m.gate_proj, m.up_proj) if m.gate_proj.weight.is_cuda else None
+            gate, up = (None, None) if gate_up else (linear(m.gate_proj), linear(m.up_proj))
+            norms = None
+            if hasattr(a, "q_norm"):  # Qwen3
+                norms = a.q_norm.weight, a.k_norm.weight, a.q_norm.variance_epsilon
+            self.layers.append((layer, norms, linear(a.q_proj, a.k_proj, a.v_proj), linear(a.o_proj), gate_up,
+                                gate, up, linear(m.down_proj)))
         self.output = model.get_output_embeddings()
 
     @cached_property
@@ -348,21 +382,18 @@ class Network:
     def __call__(self, ids, positions, kv):
         """ids, positions (T,): tokens of any rows -> hidden states (T,d).
 
-        kv.attend(layer, query (T,H,D), key, value (T,KVH,D)) -> (T,H,D) stores keys and values."""
-        x, H = self.base.embed_tokens(ids).to(self.dtype), self.heads
+        kv.pages(layer) says where keys and values go at once, if anywhere, kv.attend(layer, query (T,H,D),
+        key, value (T,KVH,D)) -> (T,H,D)."""
+        x, heads = self.base.embed_tokens(ids).to(self.dtype), [self.heads, self.kv_heads, self.kv_heads]
         # the angles in float32: transformers rounds them to the model's type
-        cos, sin = (t[0, :, None] for t in self.base.rotary_emb(x[:1].float(), positions[None]))
-        for i, (layer, qkv, out, gate, up, down) in enumerate(self.layers):
-            qkv = qkv(rms_norm(layer.input_layernorm, x)).view(len(x), H + 2 * self.kv_heads, -1)
-            query_key, value = qkv.split([H + self.kv_heads, self.kv_heads], 1)
-            if hasattr(layer.self_attn, "q_norm"):  # Qwen3
-                query_key = torch.cat([rms_norm(layer.self_attn.q_norm, query_key[:, :H]),
-                                       rms_norm(layer.self_attn.k_norm, query_key[:, H:])], 1)
-            query_key = rotate(query_key, cos, sin)
-            attended = kv.attend(i, query_key[:, :H], query_key[:, H:], value)
-            x = out(attended.flatten(1), "add", x)
+        cos, sin = (t[0].contiguous() for t in self.base.rotary_emb(x[:1].float(), positions[None]))
+        for i, (layer, norms, qkv, out, gate_up, gate, up, down) in enumerate(self.layers):
+            qkv = qkv(rms_norm(layer.input_layernorm, x)).view(len(x), sum(heads), -1)
+            rotate_(qkv, self.heads, cos, sin, norms, kv.pages(i))
+            x = out(kv.attend(i, *qkv.split(heads, 1)).flatten(1), "add", x)
             h = rms_norm(layer.post_attention_layernorm, x)
-            x = down(up(h, "mul", gate(h, "swish")), "add", x)
+            h = swiglu(gate_up(h)) if gate_up else up(h, "mul", gate(h, "swish"))
+            x = down(h, "add", x)
         return rms_norm(self.base.norm, x)
 
 
@@ -373,15 +404,6 @@ def network_dtype(model) -> torch.dtype:
 
 def rms_norm(module, x):
     return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
-
-
-def rotate(x, cos, sin):
-    """x (T,H,D): number pairs (i, i + D/2) turned by a token's angles, cos and sin (T,1,D); rounded once."""
-    y = x.float()
-    (a, b), (_, sin), y = y.chunk(2, -1), sin.chunk(2, -1), y * cos
-    y[..., : a.shape[-1]].addcmul_(b, sin, value=-1)
-    y[..., a.shape[-1] :].addcmul_(a, sin)
-    return y.to(x.dtype)
 
 
 @dataclass
@@ -462,6 +484,9 @@ class Prefill:
         self.masks = [mask if mask is None else torch.zeros(mask.shape, dtype=dtype, device=device)
                       .masked_fill_(~mask.to(device), -torch.inf) for mask in (p.visible() for p in pieces)]
 
+    def pages(self, layer) -> None:
+        """A piece attends over its own keys, too, and keeps but some."""
+
     def attend(self, layer, query, key, value):
         keys, values = self.pool[layer]
         keys[self.page, :, self.offset] = key[self.source]
@@ -494,12 +519,12 @@ class Decode:
             self.plan = plan_pages(self.table.cpu().numpy(), self.lengths.cpu().numpy(),
                                    *self.pool.shape[3:5], state.device)
 
+    def pages(self, layer):
+        return *self.pool[layer], self.page, self.offset
+
     def attend(self, layer, query, key, value):
-        keys, values = self.pool[layer]
-        keys[self.page, :, self.offset] = key
-        values[self.page, :, self.offset] = value
-        return paged_attention(query.contiguous(), keys, values, self.table, self.lengths,
-                               query.shape[-1] ** -0.5, self.plan)
+        return paged_attention(query, *self.pool[layer], self.table, self.lengths, query.shape[-1] ** -0.5,
+                               self.plan)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -879,24 +904,25 @@ class Sampler:
 
         On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
         cuda = self.model.device.type == "cuda"
-        addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
-        if self.cache is None or wanted > self.wanted or longest + 2 > len(self.cache.pages) or (
-                self.replay and self.replay.outdated(addresses, longest)):
-            self.cache = self.replay = None  # freed before the successor is made
-            if cuda:
-                torch.cuda.empty_cache()
-            self.cache, self.wanted = self.make_cache(wanted, longest), wanted
-            if self.graphs:
-                self.replay = Graphs(self, self.cache, self.max_rows, longest, addresses)
-        reserved = self.cache.take(1) if self.replay else []  # page 0 takes what padding rows write
-        self.network = Network(self.model)
         try:
+            self.network = Network(self.model)  # before the addresses are read: it may move weights
+            addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
+            if self.cache is None or wanted > self.wanted or longest + 2 > len(self.cache.pages) or (
+                    self.replay and self.replay.outdated(addresses, longest)):
+                self.cache = self.replay = None  # freed before the successor is made
+                if cuda:
+                    torch.cuda.empty_cache()
+                self.cache, self.wanted = self.make_cache(wanted, longest), wanted
+                if self.graphs:
+                    self.replay = Graphs(self, self.cache, self.max_rows, longest, addresses)
+            reserved = self.cache.take(1) if self.replay else []  # page 0 takes what padding rows write
             yield self.cache
             self.cache.drop(reserved)
             assert len(self.cache.free) == len(self.cache.pages), "a page is still held"
         finally:
-            self.cache.clear()
             self.network = None
+            if self.cache:
+                self.cache.clear()
             if not cuda:
                 self.cache = None
 
@@ -969,9 +995,7 @@ class Graphs:
 
     def compute(self, state):
         logits = self.sampler.decode(self.cache, state)
-        token, logprob = triton_choose(logits, self.temperature, self.seed, state[:, TRACE],
-                                       state[:, POSITION])
-        return torch.stack([token.float(), logprob], 1)  # a float32 holds every id below 2^24
+        return triton_choose(logits, self.temperature, self.seed, state[:, TRACE], state[:, POSITION])
 
     def capture(self, size: int) -> None:
         with torch.cuda.device(self.state.device):

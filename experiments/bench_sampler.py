@@ -29,7 +29,7 @@ from data import load_problems  # noqa: E402
 from experiments.bench_head import cpu_name  # noqa: E402
 from judge import Judge  # noqa: E402
 from kernels.token_logprob import fast_dtype  # noqa: E402
-from sample import PAGE, Network, Rows, Sampler, Trace, load_lm, trace_noise  # noqa: E402
+from sample import PAGE, Linear, Network, Rows, Sampler, Trace, load_lm, trace_noise  # noqa: E402
 
 OUT = ROOT / "experiments" / "results" / "sampler_bench.csv"
 COLORS = ("#1b6ca8", "#c8553d", "#7fb2d9", "#e3a899")
@@ -167,7 +167,7 @@ def decode_step(model, rows, context, rounds=4):
 def products(model, rows, rounds=4):
     """The same for a step's matrix products alone, that is, for reading all weights once."""
     network = Network(model)
-    linears = [linear for _, *some in network.layers for linear in some] + [network.head]
+    linears = [x for layer in network.layers for x in layer if isinstance(x, Linear)] + [network.head]
     widths = {linear.modules[0].in_features for linear in linears}
     x = {d: torch.randn(rows, d, device=model.device).to(model.dtype) for d in widths}
     times = [clock(lambda: [linear(x[linear.modules[0].in_features]) for linear in linears])[1:]
@@ -245,37 +245,46 @@ def big_model():
         return transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def ragged(model):
-    """1,024 rollouts that end at random, beside generate and continuous batching."""
+def ragged(model, deadline=90):
+    """1,024 rollouts that end at random, beside generate and continuous batching. The latter is left after
+    `deadline` seconds, with what it has finished by then."""
     prompts = [[(7 * i + r) % 1000 + 1 for i in range(64 + r % 448)] for r in range(128)]
-    limits = dict(max_new_tokens=512, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     sampler = Sampler(model, 1024)
     ends = list(range(0, 151936, 300))  # a random model ends after about 300 tokens
     model.generation_config.eos_token_id = ends
 
-    def ours():
-        return sum(len(r.token_ids) for r in sampler.sample(prompts, 8, 512, 1.0, end_ids=ends))
+    def ours(prompts, tokens):
+        return [len(r.token_ids) for r in sampler.sample(prompts, 8, tokens, 1.0, end_ids=ends)]
 
-    def continuous():
-        done = model.generate_batch(
-            [p for p in prompts for _ in range(8)],
-            generation_config=transformers.GenerationConfig(**limits, eos_token_id=ends))
-        return sum(len(output.generated_tokens) for output in done.values())
+    def continuous(prompts, tokens):
+        config = transformers.GenerationConfig(
+            max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends)
+        lengths, end = [], time.perf_counter() + deadline
+        with model.continuous_batching_context_manager(generation_config=config) as manager:
+            manager.add_requests([p for p in prompts for _ in range(8)], max_new_tokens=tokens)
+            while len(lengths) < 8 * len(prompts) and time.perf_counter() < end:
+                output = manager.get_result(timeout=1)
+                if output is not None and output.is_finished():
+                    lengths.append(len(output.generated_tokens))
+            manager.stop(block=False)
+        return lengths
 
-    ways = {"sample.py": ours, "transformers generate": lambda: sum(generate(model, prompts, 8, 512, 1.0)),
+    ways = {"sample.py": ours,
+            "transformers generate": lambda prompts, tokens: generate(model, prompts, 8, tokens, 1.0),
             "transformers continuous batching": continuous}
     for label, way in ways.items():
         try:
-            way()
-            useful, wall, _ = clock(way)
+            way(*((prompts, 512) if way is ours else (prompts[:2], 8)))  # captures, compiles
+            lengths, wall, _ = clock(lambda: way(prompts, 512))
         except Exception as error:  # a peer that does not run here must not cost the others' numbers
             print(f"  {label}: {error!r}")
             continue
-        print(f"  {label}: {useful / wall:.0f} tokens/s", flush=True)
-        yield dict(what="ragged rollouts", by=label, rows=1024, tokens=512, useful=useful, wall=wall, cpu="")
+        rows, useful = len(lengths), sum(lengths)
+        print(f"  {label}: {useful / wall:.0f} tokens/s, {rows} rollouts in {wall:.1f} s", flush=True)
+        yield dict(what="ragged rollouts", by=label, rows=rows, tokens=512, useful=useful, wall=wall, cpu="")
 
 
-def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sampling", "judging", "steps"),
+def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sampling", "judging", "steps", "ragged"),
          dtypes=None, rows=(64, 16), tokens=256, rounds=2, judge_problems=4, out=OUT):
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else (
         f"{cpu_name()}, {torch.get_num_threads()} threads")
@@ -293,7 +302,7 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sa
         for line in found:
             lines.append(dict(what=line.pop("what"), by=line.pop("by"), dtype=dtype) | line)
 
-    for dtype in dtypes:
+    for dtype in dtypes if {"sampling", "judging"} & set(what) or not device.startswith("cuda") else ():
         lm = load_lm(model, device, getattr(torch, dtype))
         if "sampling" in what:
             print(f"sampling, {model}, {dtype}")
@@ -306,8 +315,10 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sa
             add(dtype, steps(lm.model))
     if device.startswith("cuda"):
         net = big_model()
-        add("bfloat16", steps(net))
-        add("bfloat16", ragged(net))
+        if "steps" in what:
+            add("bfloat16", steps(net))
+        if "ragged" in what:
+            add("bfloat16", ragged(net))
     out.parent.mkdir(exist_ok=True)
     step_lines = [line for line in lines if line["what"].startswith("decode step")]
     if step_lines:
@@ -338,7 +349,8 @@ if __name__ == "__main__":
     parser.add_argument("--rows", nargs="*", type=int, default=[64, 16])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--judge-problems", type=int, default=4, help="of 8 traces each")
-    parser.add_argument("--what", nargs="*", default=["sampling", "judging", "steps"])
+    parser.add_argument("--what", nargs="*", default=["sampling", "judging", "steps", "ragged"],
+                        help="ragged: on a GPU only")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     main(**vars(parser.parse_args()))

@@ -5,6 +5,7 @@ as a program (`python kernels/token_logprob.py`) checks its results against floa
 """
 
 from .choose_token import choose_token
+from .layer_ops import rotate_, swiglu
 from .packed_attention import pack, packed_attention
 from .paged_attention import paged_attention, plan_pages
 from .policy_head import policy_head
@@ -14,5 +15,5 @@ from .token_logprob import token_logprob
 
 __all__ = [
     "choose_token", "pack", "packed_attention", "paged_attention", "plan_pages", "policy_head", "reverse_kl",
-    "token_advantages", "token_logprob",
+    "rotate_", "swiglu", "token_advantages", "token_logprob",
 ]

@@ -8,7 +8,7 @@ entry costs more than all of this; sums of blocks of 256 entries are accumulated
 Triton (CUDA): one pass over the logits. token = argmax(logits / T + G), G = -log E Gumbel noise, E
 exponential (the "exponential race"); maximum and sum of exponentials run along for the log-prob. The noise is
 Philox 4x32-10 (Salmon et al. 2011) of (seed, trace, position, entry): a row's token depends on nothing else.
-Few rows are split over the vocabulary and merged by a few small operations.
+Few rows are split over the vocabulary, a second kernel takes the best.
 Checked in Triton's interpreter; not yet timed on a GPU.
 
 Left out: top-k, top-p (the sampled distribution would not be the trained one), penalties.
@@ -65,19 +65,22 @@ if triton is not None:
 
     @triton.jit
     def choose_kernel(
-        logits_ptr, knobs_ptr, temperature_ptr, trace_ptr, position_ptr, token_ptr, stats_ptr, V, row_stride,
+        logits_ptr, seed_ptr, temperature_ptr, trace_ptr, position_ptr, entry_ptr, stats_ptr, V, row_stride,
         SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program per row and split. Leaves the best entry and (its z with noise, its z, max, sum)."""
         row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        seed, temperature = tl.load(knobs_ptr), tl.load(temperature_ptr)
+        seed, temperature = tl.load(seed_ptr), tl.load(temperature_ptr)
         trace, position = tl.load(trace_ptr + row * row_stride), tl.load(position_ptr + row * row_stride)
         greedy = temperature == 0.0
         scale = 1.0 / tl.where(greedy, 1.0, temperature)
         per_split = tl.cdiv(tl.cdiv(V, 4 * BLOCK), SPLITS) * 4 * BLOCK
         start, end = split * per_split, tl.minimum(V, (split + 1) * per_split)
-        best, best_z, best_entry = -float("inf"), 0.0, 0
-        top, total = -float("inf"), 0.0
+        # Each lane for itself until the end: a reduction makes the warps wait. Lowest values are finite, since
+        # -inf less -inf would be NaN.
+        lowest = tl.full([BLOCK], -3.0e38, tl.float32)
+        best, best_z, top, total = lowest, lowest, lowest, tl.zeros([BLOCK], tl.float32)
+        best_entry = start + tl.arange(0, BLOCK) * 0
         for block in range(start, end, 4 * BLOCK):
             quad = block // 4 + tl.arange(0, BLOCK)  # one Philox call serves four entries
             n0, n1, n2, n3 = tl.philox(seed, quad.to(tl.uint32), position.to(tl.uint32) + tl.zeros_like(quad),
@@ -91,39 +94,68 @@ if triton is not None:
                 u = (noise.to(tl.float32) + 0.5) * 2.3283064365386963e-10
                 e = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(tl.maximum(1.0 - u, 1e-30)))
                 noisy = tl.where(greedy, z, z - tl.log(e))
-                block_best = tl.max(noisy, 0)
-                at = tl.min(tl.where((noisy == block_best) & (entry < end), entry, 2147483647), 0)
-                at_z = tl.max(tl.where(entry == at, z, -float("inf")), 0)
-                better = (block_best > best) | ((block_best == best) & (at < best_entry))
-                best_entry, best_z = tl.where(better, at, best_entry), tl.where(better, at_z, best_z)
-                best = tl.where(better, block_best, best)
-                new_top = tl.maximum(top, tl.max(z, 0))
-                safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-                total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
+                better = noisy > best  # of equal ones the first
+                best_entry, best_z = tl.where(better, entry, best_entry), tl.where(better, z, best_z)
+                best = tl.where(better, noisy, best)
+                new_top = tl.maximum(top, z)
+                total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
                 top = new_top
+        highest = tl.max(best, 0)
+        chosen = tl.min(tl.where(best == highest, best_entry, 2147483647), 0)
+        all_top, at = tl.max(top, 0), row * SPLITS + split
+        tl.store(entry_ptr + at, chosen)
+        tl.store(stats_ptr + at * 4, highest)
+        tl.store(stats_ptr + at * 4 + 1, tl.max(tl.where(best_entry == chosen, best_z, -float("inf")), 0))
+        tl.store(stats_ptr + at * 4 + 2, all_top)
+        tl.store(stats_ptr + at * 4 + 3, tl.sum(total * tl.exp(top - all_top), 0))
+
+    @triton.jit
+    def best_kernel(entry_ptr, stats_ptr, out_ptr, SPLITS: tl.constexpr):
+        """One program per row: its splits' best, and the log-prob of that."""
+        row, split = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
         at = row * SPLITS + split
-        tl.store(token_ptr + at, best_entry)
-        tl.store(stats_ptr + at * 4, best)
-        tl.store(stats_ptr + at * 4 + 1, best_z)
-        tl.store(stats_ptr + at * 4 + 2, top)
-        tl.store(stats_ptr + at * 4 + 3, total)
+        best, z, top, total = (tl.load(stats_ptr + at * 4), tl.load(stats_ptr + at * 4 + 1),
+                               tl.load(stats_ptr + at * 4 + 2), tl.load(stats_ptr + at * 4 + 3))
+        first = tl.min(tl.where(best == tl.max(best, 0), split, SPLITS), 0)
+        chosen = split == first
+        all_top = tl.max(top, 0)
+        lse = all_top + tl.log(tl.sum(total * tl.exp(top - all_top), 0))
+        token = tl.sum(tl.where(chosen, tl.load(entry_ptr + at), 0), 0)
+        tl.store(out_ptr + row * 2, token.to(tl.float32))
+        tl.store(out_ptr + row * 2 + 1, tl.sum(tl.where(chosen, z, 0.0), 0) - lse)
 
 
 def triton_choose(logits, temperature, seed, trace, position, splits=None):
     """logits (R,V) contiguous; temperature (1,) f32, seed (1,) int64; trace, position (R,) int32, one stride.
 
-    -> token (R,), logprob (R,) f32. Temperature and seed are tensors, so that a CUDA graph can be replayed
-    with others."""
+    -> (R,2) f32: token and logprob; a float32 holds every id below 2^24. Temperature and seed are tensors, so
+    that a CUDA graph can be replayed with others. splits: a power of two."""
     R, V = logits.shape
-    assert logits.is_contiguous() and trace.stride() == position.stride()
-    if splits is None:
-        splits = max(1, min(16, 256 // R))
-    token = torch.empty(R, splits, dtype=torch.int32, device=logits.device)
+    assert logits.is_contiguous() and trace.stride() == position.stride() and V < 2**24
+    if splits is None:  # some 512 programs, of 4 blocks each at least
+        splits = 1
+        while splits < 64 and splits * R < 512 and splits * 8 * BLOCK * 4 <= V:
+            splits *= 2
+    entry = torch.empty(R, splits, dtype=torch.int32, device=logits.device)
     stats = torch.empty(R, splits, 4, dtype=torch.float32, device=logits.device)
+    out = torch.empty(R, 2, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        choose_kernel[(R, splits)](logits, seed, temperature, trace, position, token, stats, V,
+        choose_kernel[(R, splits)](logits, seed, temperature, trace, position, entry, stats, V,
                                    trace.stride(0), SPLITS=splits, BLOCK=BLOCK)
-    best, z, top, total = stats.unbind(-1)
-    chosen = best.argmax(-1, keepdim=True)
-    lse = (top + total.log()).logsumexp(-1)
-    return token.gather(1, chosen)[:, 0], z.gather(1, chosen)[:, 0] - lse
+        best_kernel[(R,)](entry, stats, out, SPLITS=splits, num_warps=1)
+    return out
+
+
+def benchmark(rows=(1, 16, 64, 256, 1024), V=151936):
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, "
+          f"{V} entries")
+    for R in rows:
+        logits = torch.randn(R, V, device="cuda", dtype=torch.bfloat16)
+        trace = torch.arange(2 * R, device="cuda", dtype=torch.int32).view(R, 2)
+        knobs = torch.ones(1, device="cuda"), torch.ones(1, device="cuda", dtype=torch.int64)
+        ms = triton.testing.do_bench_cudagraph(lambda: triton_choose(logits, *knobs, *trace.unbind(1)))
+        print(f"{R:6} rows {1000 * ms:8.1f} us {2e-9 * R * V / ms:6.2f} TB/s")
+
+
+if __name__ == "__main__" and torch.cuda.is_available():
+    benchmark()

@@ -128,7 +128,7 @@ if triton is not None:
 
     @triton.jit
     def paged_attention_kernel(
-        query_ptr, keys_ptr, values_ptr, table_ptr, lengths_ptr, out_ptr, lse_ptr, scaling,
+        query_ptr, keys_ptr, values_ptr, table_ptr, lengths_ptr, out_ptr, lse_ptr, scaling, query_stride,
         table_stride, H, P: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
         TOKEN_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     ):  # fmt: skip
@@ -140,8 +140,8 @@ if triton is not None:
         start, end = split * per_split, tl.minimum(length, (split + 1) * per_split)
         heads, d = tl.arange(0, GROUP_BLOCK), tl.arange(0, D_BLOCK)
         own = (heads[:, None] < GROUP) & (d[None, :] < D)
-        head = row * H + kv_head * GROUP + heads  # (GROUP_BLOCK,)
-        q = tl.load(query_ptr + head[:, None] * D + d[None, :], mask=own, other=0.0)
+        head = kv_head * GROUP + heads  # (GROUP_BLOCK,)
+        q = tl.load(query_ptr + row * query_stride + head[:, None] * D + d[None, :], mask=own, other=0.0)
         top = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)  # running maximum, sum of exp, weighted sum
         total = tl.zeros([GROUP_BLOCK], tl.float32)
         acc = tl.zeros([GROUP_BLOCK, D_BLOCK], tl.float32)
@@ -162,7 +162,7 @@ if triton is not None:
             total = total * shrink + tl.sum(weights, 1)
             acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             top = new_top
-        head = head * SPLITS + split
+        head = (row * H + head) * SPLITS + split
         empty = total == 0.0  # a split behind the row's end
         acc = acc / tl.where(empty, 1.0, total)[:, None]
         tl.store(out_ptr + head[:, None] * D + d[None, :], acc, mask=own)
@@ -194,21 +194,21 @@ def split_count(programs: int, width: int, processors: int) -> int:
     return splits
 
 
-def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=None):
+def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=None, token_block=64, warps=4):
     (R, H, D), (_, KVH, P, _) = query.shape, keys.shape
-    assert query.is_contiguous() and keys.is_contiguous() and values.is_contiguous() and table.stride(1) == 1
+    assert query.stride()[1:] == (D, 1) and keys.is_contiguous() and values.is_contiguous() and table.stride(1) == 1
     if splits is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         splits = split_count(R * KVH, table.shape[1], processors)
     group, d_block = H // KVH, max(16, triton.next_power_of_2(D))
-    out = torch.empty_like(query)
+    out = torch.empty(R, H, D, dtype=query.dtype, device=query.device)
     part = torch.empty(R, H, splits, D, dtype=torch.float32, device=query.device) if splits > 1 else out
     lse = torch.empty(R, H, splits, dtype=torch.float32, device=query.device) if splits > 1 else out
     with torch.cuda.device_of(query):  # Triton launches on the current device, which may be another
         paged_attention_kernel[(R, KVH, splits)](
-            query, keys, values, table, lengths, part, lse, scaling, table.stride(0), H, P=P, D=D,
-            GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKEN_BLOCK=64, D_BLOCK=d_block,
-            SPLITS=splits)
+            query, keys, values, table, lengths, part, lse, scaling, query.stride(0), table.stride(0), H, P=P,
+            D=D, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKEN_BLOCK=token_block,
+            D_BLOCK=d_block, SPLITS=splits, num_warps=warps)
         if splits > 1:
             merge_kernel[(R * H,)](part, lse, out, D=D, D_BLOCK=d_block, SPLITS=splits)
     return out
@@ -254,6 +254,24 @@ def check(device):
         torch.testing.assert_close(got, plain_paged_attention(*case, D**-0.5), rtol=1e-5, atol=1e-5)
 
 
+def benchmark(rows=(1, 16, 64, 256, 1024), context=1024, H=12, KVH=2, D=128, P=32):
+    """Qwen2.5-1.5B's heads: microseconds, and TB/s of keys and values read."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, "
+          f"{context} tokens a row, {H} heads on {KVH} of {D}")
+    M = context // P
+    for R in rows:
+        query = torch.randn(R, H, D, device="cuda", dtype=torch.bfloat16)
+        keys, values = torch.randn(2, max(R * M, 2**12), KVH, P, D, device="cuda", dtype=torch.bfloat16)
+        table = torch.randperm(len(keys), device="cuda")[: R * M].view(R, M).int()
+        lengths = torch.full((R,), context, device="cuda", dtype=torch.int32)
+        run = lambda: triton_paged_attention(query, keys, values, table, lengths, D**-0.5)  # noqa: B023
+        ms = triton.testing.do_bench_cudagraph(run)
+        print(f"{R:6} rows {1000 * ms:8.1f} us {4e-9 * R * context * KVH * D / ms:6.2f} TB/s")
+
+
 if __name__ == "__main__":
-    check("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(device)
     print("paged_attention agrees with float64")
+    if device == "cuda":
+        benchmark()

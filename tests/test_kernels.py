@@ -291,13 +291,22 @@ def test_kernels_compile_for_a_hopper_gpu():
 
         choose = importlib.import_module("kernels.choose_token")
         attention = importlib.import_module("kernels.paged_attention")
+        ops = importlib.import_module("kernels.layer_ops")
         for z in ("*bf16", "*fp32"):
             build(choose.choose_kernel, f"{z} *i64 *fp32 *i32 *i32 *i32 *fp32 i32 i32", warps=4, SPLITS=4,
                   BLOCK=256)
             for D, splits, out in ((64, 1, z), (128, 8, "*fp32")):  # heads of SmolLM2 and Qwen2.5-1.5B
-                build(attention.paged_attention_kernel, f"{z} {z} {z} *i32 *i32 {out} *fp32 fp32 i32 i32",
+                build(attention.paged_attention_kernel, f"{z} {z} {z} *i32 *i32 {out} *fp32 fp32 i32 i32 i32",
                       warps=4, P=32, D=D, GROUP=6, GROUP_BLOCK=16, TOKEN_BLOCK=64, D_BLOCK=D, SPLITS=splits)
             build(attention.merge_kernel, f"*fp32 *fp32 {z}", warps=4, D=128, D_BLOCK=128, SPLITS=8)
+            shape = dict(P=32, H=12, KVH=2, D=128, HEAD_BLOCK=16, HALF_BLOCK=64)
+            pages, none = f"{z} {z} *i64 *i64", dict.fromkeys(("query_norm_ptr", "key_norm_ptr"))
+            build(ops.rotate_kernel, f"{z} *fp32 *fp32 fp32 {pages} i32", warps=4, **shape, **none)
+            none = dict.fromkeys(("keys_ptr", "values_ptr", "page_ptr", "place_ptr"))
+            build(ops.rotate_kernel, f"{z} *fp32 *fp32 {z} {z} fp32 i32", warps=4, **shape, **none)
+            build(ops.swiglu_kernel, f"{z} {z} i32", warps=4, BLOCK=1024)
+        for splits in (1, 64):
+            build(choose.best_kernel, "*i32 *fp32 *fp32", warps=1, SPLITS=splits)
     """
     run_python(code)
 
