@@ -904,6 +904,10 @@ class Sampler:
 
         On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
         cuda = self.model.device.type == "cuda"
+        width = longest
+        if self.graphs:  # a power of two, so that somewhat longer prompts need neither pages nor graphs anew
+            width = 2 ** (longest - 1).bit_length()
+            wanted = wanted * width // longest
         try:
             self.network = Network(self.model)  # before the addresses are read: it may move weights
             addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
@@ -914,7 +918,7 @@ class Sampler:
                     torch.cuda.empty_cache()
                 self.cache, self.wanted = self.make_cache(wanted, longest), wanted
                 if self.graphs:
-                    self.replay = Graphs(self, self.cache, self.max_rows, longest, addresses)
+                    self.replay = Graphs(self, self.cache, self.max_rows, width, addresses)
             reserved = self.cache.take(1) if self.replay else []  # page 0 takes what padding rows write
             yield self.cache
             self.cache.drop(reserved)
