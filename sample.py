@@ -996,7 +996,7 @@ def bucket(rows: int) -> int:
 
 def trace_noise(seed: int, trace: int, tokens: int) -> np.ndarray:
     """Uniform numbers (tokens,) for one trace: a function of (seed, trace, position) alone."""
-    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, trace]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, trace], np.uint64)))
     return generator.random(tokens, dtype=np.float32)
 
 

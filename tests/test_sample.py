@@ -391,6 +391,9 @@ def test_noise_is_a_function_of_seed_trace_and_position():
     assert (trace_noise(3, 7, 20) != trace_noise(3, 8, 20)).any()
     assert (trace_noise(3, 7, 20) != trace_noise(4, 7, 20)).any()
     assert trace_noise(2**80, 2**40, 10_000).max() <= 1
+    assert trace_noise(5, 3, 1)[0] == pytest.approx(0.92772645)  # what it always was
+    for seed in (2**31, 2**32 - 1):  # as exprl.py makes one of its seed and the step: no low bit is lost
+        assert len({trace_noise(seed << 32 | step, 3, 1)[0] for step in range(9)}) == 9
 
 
 def test_a_part_of_a_batch_draws_what_the_whole_draws():
