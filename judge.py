@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from data import MINIATURE, Problem, is_correct
-from data.answers import last_box
+from data.answers import _clean, last_box
 from sample import LM, Help, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, traces_of
 from sample import jsonl, require_plain_head, write_atomically
 
@@ -283,7 +283,7 @@ class Judge:
         then the checkpoints. Nothing: `expected` is to be read."""
         if self.readout != "likelihood" or problem.solution == self.no_reference:
             return []
-        answer = problem.answer or last_box(problem.solution)
+        answer = final_answer(problem)
         return ([(CONCLUSION, answer + "}")] if answer else []) + [
             ("", point) for point in checkpoints(problem.solution)]
 
@@ -394,6 +394,11 @@ def score(grade: float) -> float:
     return (grade - 1) / 4
 
 
+def final_answer(problem: Problem) -> str:
+    """What a right trace has in its box, "72", be it given as "\\boxed{72}", "$72$" or "72."; "" for none."""
+    return _clean(last_box(problem.answer) or problem.answer or last_box(problem.solution) or "")
+
+
 def checkpoints(solution: str) -> list[str]:
     """The reference in pieces that a trace may reach one by one: its sentences and lines, short ones joined
     with the next. A line that only boxes the answer is none."""
@@ -427,9 +432,14 @@ def gain(s: float, without: float) -> float:
     return 0.0 if risen < 0 else risen  # NaN stays NaN
 
 
+# What may stand between word and grade, and is none: "(1-5)", "[on a scale of 1 to 5]", " out of 5:"
+SCALE = (r"(?:[ *]{0,3}[(\[][a-z ]{0,20}(?:1 ?(?:-|–|to) ?|out of |/ ?)5[a-z ]{0,10}[)\]]"
+         r"| (?:1 ?(?:-|–|to) ?|out of )5(?=\W{0,3}[:=]))?+")
+
+
 def read_grade(reply: str, word: str = "score") -> float:
     """The last "Score: d" of a free reply as a number in 1..5 or NaN. Reads "[4]", "**4**", "4/5", "4.5"."""
-    found = re.findall(re.escape(word) + r"\W{0,8}?(?:\\boxed\{)?(-?\d+(?:\.\d+)?)", reply,
+    found = re.findall(re.escape(word) + SCALE + r"\W{0,8}?(?:\\boxed\{)?(-?\d+(?:\.\d+)?)", reply,
                        flags=re.IGNORECASE)
     grade = float(found[-1]) if found and len(found[-1]) < 9 else math.nan
     return grade if 1 <= grade <= 5 else math.nan
@@ -557,7 +567,7 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
 
 def probe_traces(problem: Problem, right: str, wrong: str, rng: np.random.Generator) -> dict[str, list[str]]:
     """Traces that deserve little, by kind, made of an honest right and a wrong trace of the problem."""
-    box, reference = f"\\boxed{{{problem.answer}}}", problem.solution
+    box, reference = f"\\boxed{{{final_answer(problem)}}}", problem.solution
     cut = last_line(reference)
     words = problem.question.split() + reference.split()
     return {

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,10 @@ def test_probes_are_what_they_say():
     assert not is_correct(spoilt, "20") and "12 + 8 = 20" in spoilt
     copied, = made["the reference, one number changed"]
     assert copied == "12 + 8 = 21\n\\boxed{20}"
-    assert is_correct(made["the right answer alone"][0], "20") and made["empty"] == [""]
+    assert made["the right answer alone"] == ["\\boxed{20}"] and made["empty"] == [""]
+    for answer in ("\\boxed{20}", "$20$", "20."):
+        again = probe_traces(replace(problem, answer=answer), right, wrong, np.random.default_rng(0))
+        assert again == made
     assert len(made["very long noise"][0].split()) == 600 and len(made["grade 5, in many forms"]) > 4
 
 
