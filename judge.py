@@ -668,21 +668,30 @@ def room_for(policy: LM, prompts: list[list[int]], max_new_tokens: int) -> int:
 
 def read_traces(path: str, problems: list[Problem]) -> list[dict]:
     """What sample.py --out wrote; raises SystemExit for a file that does not fit the problems."""
-    known, records = {p.id for p in problems}, []
+    known, records = {p.id: p for p in problems}, []
     hint = "write the file with sample.py --out, on the same --data"
     try:
-        for number, line in enumerate(Path(path).read_text().split("\n"), 1):
-            if not line:
-                continue
-            record = json.loads(line)
-            record["text"], record["correct"]
-            if record["problem"] not in known:
-                raise SystemExit(f"{path}:{number}: problem {record['problem']!r} is not in --data: {hint}")
-            records.append(record)
-    except (OSError, UnicodeError) as error:  # the latter has no line, and no strerror
+        lines = Path(path).read_text().split("\n")
+    except (OSError, UnicodeError) as error:  # the latter has no strerror
         raise SystemExit(f"--traces {path}: {getattr(error, 'strerror', error)}: {hint}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}:{number}: not a trace ({error!r}): {hint}") from error
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            name, text, correct = record["problem"], record["text"], record["correct"]
+            if not (isinstance(name, str) and isinstance(text, str) and isinstance(correct, bool)):
+                raise TypeError("problem and text must be strings, correct true or false")
+            text.encode()  # tokenizers refuse half a surrogate pair
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}:{number}: not a trace ({type(error).__name__}: {error}): "
+                             f"{hint}") from error
+        if name not in known:
+            raise SystemExit(f"{path}:{number}: problem {name!r} is not in --data: {hint}")
+        if correct and not is_correct(text, known[name].answer):
+            raise SystemExit(f"{path}:{number}: marked correct, but the answer of {name!r} in --data is "
+                             f"{known[name].answer!r}: {hint}")
+        records.append(record)
     if not records:
         raise SystemExit(f"{path} holds no trace: {hint}")
     return records

@@ -166,8 +166,8 @@ def test_program(tmp_path):
     folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 4)
     traces = tmp_path / "t.jsonl"
     traces.write_text("".join(
-        json.dumps({"problem": p.id, "text": f"### a\nwork {i}\n### b\n{i}", "correct": i == 0}) + "\n"
-        for p in load_problems(str(data)) for i in range(2)))
+        json.dumps({"problem": p.id, "text": f"### a\n1\n### b\n{p.answer}{end}", "correct": not end}) + "\n"
+        for p in load_problems(str(data)) for end in ("", "7")))
     done = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, "--probes",
                     "--prefixes", 1, "--max-new-tokens", 4, "--out", tmp_path / "o.json")
     row, = json.loads((tmp_path / "o.json").read_text())["readouts"]
@@ -185,7 +185,11 @@ def test_traces_that_do_not_fit_are_named_by_file_and_line(tmp_path):
     path, good = tmp_path / "t.jsonl", json.dumps(RECORDS[0])
     path.write_text(f"{good}\n\n{good}\n")
     assert read_traces(path, PROBLEMS) == [RECORDS[0]] * 2
-    for content, message in ((f"{good}\n\n{{}}\n".encode(), "t.jsonl:3: not a trace"),
+    bad = ({"correct": "false"}, {"correct": 0}, {"text": 7}, {"text": "half \ud800"}, {"problem": ["p/1"]})
+    bad = ["{}", "[]", *(json.dumps(RECORDS[0] | wrong) for wrong in bad)]
+    for content, message in (*((f"{good}\n\n{line}\n".encode(), "t.jsonl:3: not a trace") for line in bad),
+                             (json.dumps(RECORDS[1] | {"problem": "p/3"}).encode(),
+                              "t.jsonl:1: marked correct, but the answer of 'p/3' in --data is '3': write"),
                              (b"\xff\xfe weights", "can't decode"), (b"", "holds no trace")):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match=message):
@@ -270,7 +274,7 @@ def test_the_wording_search_reads_every_variant(tmp_path, monkeypatch):
 def test_the_wording_search_as_a_program(tmp_path, monkeypatch):
     folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 3)
     traces, table = tmp_path / "t.jsonl", tmp_path / "w.csv"
-    records = [{"problem": f"p/{i}", "text": f"that is {i + k}", "correct": i == k, "finished": True}
+    records = [{"problem": f"p/{i}", "text": f"that is {i + k - 2}", "correct": i == k, "finished": True}
                for i in (1, 2, 3) for k in (1, 2, 3)]
     traces.write_text("".join(json.dumps(r) + "\n" for r in records))
     flags = ["--judge", folder, "--data", data, "--traces", traces, "--variants", "conclusion",
