@@ -167,6 +167,7 @@ def with_ask(ask: str, behind: bool) -> str:
 
 
 STEM = "Score: "
+TOO_LONG = "longer than the judge's context"
 NO_REFERENCE = "(not available: judge the trace by itself)"
 
 # The readout `likelihood`: the reference is what is to be predicted, so it is not shown.
@@ -344,7 +345,7 @@ class Judge:
 
         def result(i, k) -> tuple[float, str]:
             if (i, k) not in found:
-                return math.nan, f"longer than the judge's context of {limit} tokens"
+                return math.nan, f"{TOO_LONG} of {limit} tokens"
             if keys[i] in compared:
                 return closeness(found[i, k], found[keys[i]], known[keys[i]][2]), ""
             return found[i, k]
@@ -461,6 +462,8 @@ def with_reference(problems: list[Problem], condition: str, no_reference: str,
                    seed: int) -> dict[str, Problem]:
     """By id, each problem with its right reference and answer, none, or another problem's ("wrong")."""
     order = np.random.default_rng(seed).permutation(len(problems))
+    if condition == "wrong" and len(problems) == 1:
+        raise SystemExit("a wrong reference is another problem's, and there is one problem: take more --data")
     if condition == "none":
         return {p.id: replace(p, solution=no_reference, answer="") for p in problems}
     source = dict(zip(order, np.roll(order, 1) if condition == "wrong" else order))
@@ -475,27 +478,36 @@ def calibrate(judge: Judge, problems: list[Problem], records: list[dict], condit
     `agreement`, and repeat_gap: the largest difference (of 1..5) when the first 16 traces are graded again in
     another order; tokens and seconds per grade; the scores themselves."""
     start, tokens = time.perf_counter(), judge.tokens
-    s = grade_records(judge, problems, records, condition, seed)
+    verdicts = verdicts_on(judge, problems, records, condition, seed)
     seconds, tokens = time.perf_counter() - start, judge.tokens - tokens
+    s = scores(verdicts)
     gaps = np.abs(s[:16] - grade_records(judge, problems, records[:16][::-1], condition, seed)[::-1])
-    return {"condition": condition, "readout": judge.readout} | agreement(s, records, seed) | {
+    return {"condition": condition, "readout": judge.readout} | agreement(verdicts, records, seed) | {
         "repeat_gap": 4 * float(gaps[~np.isnan(gaps)].max(initial=0)),
         "tokens_per_grade": tokens / len(s), "seconds_per_grade": seconds / len(s), "scores": s.tolist()}
 
 
-def grade_records(judge: Judge, problems: list[Problem], records: list[dict], condition: str,
-                  seed: int) -> np.ndarray:
-    """Scores (N,) in [0,1], NaN where the judge could not be read."""
+def verdicts_on(judge: Judge, problems: list[Problem], records: list[dict], condition: str,
+                seed: int) -> list[Verdict]:
     shown = with_reference(problems, condition, judge.no_reference, seed)
-    verdicts = judge.grade([shown[r["problem"]] for r in records], [r["text"] for r in records])
+    return judge.grade([shown[r["problem"]] for r in records], [r["text"] for r in records])
+
+
+def scores(verdicts: list[Verdict]) -> np.ndarray:
+    """(N,) in [0,1], NaN where the judge could not be read."""
     return np.array([v.grades[0] for v in verdicts])
 
 
-def agreement(s: np.ndarray, records: list[dict], seed: int) -> dict:
-    """Scores (N,) of traces against exact match.
+def grade_records(*asked) -> np.ndarray:
+    return scores(verdicts_on(*asked))
+
+
+def agreement(verdicts: list[Verdict], records: list[dict], seed: int) -> dict:
+    """Verdicts on whole traces against exact match.
 
     misplace (the paper's): mean of P(grade < 4 | correct) and P(grade >= 4 | incorrect). reliability: per
     grade, rounded, the number of traces and the share of them that is right."""
+    s = scores(verdicts)
     read = ~np.isnan(s)
     correct = np.array([bool(r["correct"]) for r in records])[read]
     ids = np.array([r["problem"] for r in records])[read]
@@ -510,7 +522,8 @@ def agreement(s: np.ndarray, records: list[dict], seed: int) -> dict:
         "grade_correct": mean(grades[correct]), "grade_incorrect": mean(grades[~correct]),
         "reliability": [{"grade": g, "traces": int((whole == g).sum()), "correct": mean(correct[whole == g])}
                         for g in range(1, 6)],
-        "unread": 1 - mean(read), "at_ends": mean((grades < 1.05) | (grades > 4.95)),
+        "unread": 1 - mean(read), "too_long": mean([v.raw.startswith(TOO_LONG) for v in verdicts]),
+        "at_ends": mean((grades < 1.05) | (grades > 4.95)),
         "length_corr": correlation(grades, lengths),
     }
 
@@ -549,7 +562,11 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
     drop = right["auroc"] - wrong["auroc"] if wrong else math.nan
     remedy = "try " + "--readout likelihood, or " * (right["readout"] != "likelihood") + "a larger judge"
     if right["unread"] > 0.2:
-        return "noise", f"{right['unread']:.0%} of its grades cannot be read; try --readout expected"
+        cause = ("try --readout expected" if right["readout"] == "generate" else
+                 "its logits are no numbers: try --dtype float32, or another judge")
+        if right["too_long"] > right["unread"] / 2:
+            cause = f"{right['too_long']:.0%} are {TOO_LONG}: take a judge with more, or shorter traces"
+        return "noise", f"{right['unread']:.0%} of its grades cannot be read; {cause}"
     if math.isnan(right["auroc"]):
         return "noise", "for all one can tell, which takes right and wrong traces: sample more"
     if not right["auroc_low"] > 0.5:
@@ -709,11 +726,13 @@ def check(judge: Judge, problems: list[Problem], records: list[dict], seed: int 
     records = records + [{"problem": p.id, "text": p.solution, "correct": True} for p in problems]
     records.sort(key=lambda r: r["problem"])  # a problem's traces share their prompt
     good = np.array([r["correct"] for r in records])
-    own = grade_records(judge, problems, records, "right", seed)
-    other = grade_records(judge, problems, [r for r in records if r["correct"]], "wrong", seed)
-    both, first = np.concatenate([own[good], other]), np.arange(2 * len(other)) < len(other)
-    match = auroc(both[~np.isnan(both)], first[~np.isnan(both)])
+    own = verdicts_on(judge, problems, records, "right", seed)
     word, reason = usable({"readout": judge.readout} | agreement(own, records, seed))
+    if len(problems) == 1:
+        return word, f"{reason}; one problem has no other's reference to be compared with"
+    other = grade_records(judge, problems, [r for r in records if r["correct"]], "wrong", seed)
+    both, first = np.concatenate([scores(own)[good], other]), np.arange(2 * len(other)) < len(other)
+    match = auroc(both[~np.isnan(both)], first[~np.isnan(both)])
     if word != "noise" and match < 0.7:
         return "weak", (f"it hardly sees whether a right trace agrees with the reference (AUROC {match:.2f} "
                         "against another problem's reference): it grades the looks of a trace; try --readout "
@@ -816,6 +835,9 @@ def main() -> None:
             write_atomically(args.out.with_suffix(".traces.jsonl"), jsonl(records))
     asked = {r["problem"] for r in records}
     problems = [p for p in problems if p.id in asked]
+    if len(problems) == 1 and {"wrong"} < {*args.conditions}:
+        print("one problem has no other's reference: condition wrong is left out")
+        args.conditions = [condition for condition in args.conditions if condition != "wrong"]
     judges = [Judge(lm.model, lm.tokenizer, lm.prompts, readout) for readout in args.readout]
     continued, readouts = None, []
     if args.prefixes:

@@ -76,7 +76,24 @@ def test_unread_grades_are_counted_and_left_out():
     right = calibrate(Stand(), PROBLEMS, records, "right")
     assert right["unread"] == 0.25 and right["auroc"] == 1
     word, reason = usable(right)
-    assert word == "noise" and "cannot be read" in reason
+    assert word == "noise" and "25% of its grades cannot be read; its logits are no numbers" in reason
+    assert "try --readout expected" in usable(right | {"readout": "generate"})[1]
+
+
+def test_a_short_context_is_named_as_the_cause():
+    lm = tiny.model(context=2600), tiny.tokenizer()
+    records = [r | {"text": r["text"] * (400 if r["correct"] else 1)} for r in RECORDS[:4]]
+    for readout in ("expected", "critique"):
+        row = calibrate(Judge(*lm, readout=readout, reply_tokens=4), PROBLEMS[:2], records, "right")
+        assert row["too_long"] == 0.5
+        assert "50% are longer than the judge's context: take a judge with more" in usable(row)[1]
+
+
+def test_one_problem_has_no_wrong_reference():
+    with pytest.raises(SystemExit, match="there is one problem: take more --data"):
+        calibrate(Stand(), PROBLEMS[:1], RECORDS[:2], "wrong")
+    word, reason = check(Stand(), PROBLEMS[:1], RECORDS[:2])
+    assert word == "usable" and "no other's reference" in reason
 
 
 def test_one_kind_of_traces_tells_nothing():
