@@ -38,8 +38,9 @@ import torch
 
 from data import MINIATURE, Problem, is_correct
 from data.answers import _clean, last_box
-from sample import LM, Help, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, traces_of
-from sample import jsonl, require_plain_head, write_atomically
+from sample import LM, Help, Sampler, at_least, load_lm, new_file, no_traceback, pick_device, pick_dtype
+from sample import jsonl, problems_or_exit, require_plain_head, room_for, traces_of, with_room
+from sample import write_atomically
 
 # What the rubric says about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -638,23 +639,33 @@ def probe(judge: Judge, problems: list[Problem], records: list[dict], seed: int 
     return {kind: mean([x for x in g if not math.isnan(x)]) for kind, g in grades.items()}
 
 
-def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], n: int, max_new_tokens: int,
-                      temperature: float = 1.0, seed: int = 0) -> tuple[list[list[str]], np.ndarray]:
-    """Cut each trace at its step ends and let the policy go on n times from each cut -> (the steps of each
-    trace, success), success (number of all steps,): the share of continuations that end right.
+def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], n: int,
+                      max_new_tokens: int | None, temperature: float = 1.0, seed: int = 0) -> tuple:
+    """Cut each trace at its step ends and let the policy go on n times from each cut -> (the records, each
+    one's steps, success), success (number of all steps,): the share of continuations that end right. A trace
+    without room behind it is reported and left out: it would cut all continuations short.
 
     The prefix is tokenized anew: in rare places not the tokens that were sampled."""
-    by_id = {p.id: p for p in problems}
-    steps = [[step for step in HEADING.split(r["text"]) if step] for r in records]
-    prefixes = [(by_id[r["problem"]], "".join(some[: k + 1]))
-                for r, some in zip(records, steps) for k in range(len(some))]
-    prompts = [policy.chat(problem.question) + policy.tokenizer.encode(
-        text, add_special_tokens=False, split_special_tokens=True) for problem, text in prefixes]
-    room = room_for(policy, prompts, max_new_tokens)
-    rollouts = iter(Sampler(policy.model).sample(prompts, n, room, temperature, seed))
+    by_id, (room, max_new_tokens) = {p.id: p for p in problems}, room_for([policy], max_new_tokens)
+    kept, steps, prefixes, prompts = [], [], [], []
+    for r in records:
+        problem, some = by_id[r["problem"]], [step for step in HEADING.split(r["text"]) if step]
+        chat, texts = policy.chat(problem.question), ["".join(some[: k + 1]) for k in range(len(some))]
+        asked = [chat + policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+                 for text in texts]
+        if max(map(len, asked), default=0) <= room:
+            kept.append(r), steps.append(some)
+            prefixes += [(problem, text) for text in texts]
+            prompts += asked
+    if len(kept) < len(records):
+        print(f"left out {len(records) - len(kept)} of {len(records)} traces with more than {room} tokens, "
+              f"prompt included; to keep them lower --max-new-tokens {max_new_tokens}", flush=True)
+    if not prompts:
+        raise SystemExit("no trace is left for --prefixes to go on from: lower --max-new-tokens")
+    rollouts = iter(Sampler(policy.model).sample(prompts, n, max_new_tokens, temperature, seed))
     right = [[is_correct(text + policy.text(next(rollouts).token_ids), problem.answer) for _ in range(n)]
              for problem, text in prefixes]
-    return steps, np.mean(right, 1)
+    return kept, steps, np.mean(right, 1)
 
 
 def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict], steps: list[list[str]],
@@ -672,15 +683,6 @@ def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict
     return {"prefixes": len(grades), "success": mean(success), "corr": correlation(grades, success),
             "corr_low": low, "corr_high": high, "corr_within": correlation(*centred(ids, grades, success)),
             "scores": grades.tolist(), "successes": success.tolist()}
-
-
-def room_for(policy: LM, prompts: list[list[int]], max_new_tokens: int) -> int:
-    """max_new_tokens, or less if the policy's context is too short for that behind the longest prompt."""
-    room = policy.model.config.max_position_embeddings - max(map(len, prompts))
-    if room < 1:
-        raise SystemExit(f"a prompt of {max(map(len, prompts))} tokens fills the context of {policy.name}: "
-                         "take another --policy, or shorter problems")
-    return min(max_new_tokens, room)
 
 
 def read_traces(path: str, problems: list[Problem]) -> list[dict]:
@@ -798,8 +800,9 @@ def main() -> None:
         help="files or hub data set ids; science=FILE names the domain of a file's rows")
     add("--traces", help="JSONL of `sample.py --out` on this data; default: sampled first")
     add("--policy", help="who writes them; default: the judge's model or the embedded policy")
-    add("--n", type=int, default=4, help="traces per problem, where they are sampled")
-    add("--max-new-tokens", type=int, default=1024, help="where a sampled trace is cut off")
+    add("--n", type=at_least(1), default=4, help="traces per problem, where they are sampled")
+    add("--max-new-tokens", type=at_least(1),
+        help="where a sampled trace is cut off (default: 1024, or half the policy's context)")
     add("--temperature", type=float, default=0.8, help="of sampling")
     add("--conditions", nargs="+", default=["right", "none", "wrong"], choices=["right", "none", "wrong"],
         help="what the judge sees as reference")
@@ -807,17 +810,15 @@ def main() -> None:
         help="one or several; default: the judge's own, or by its size (see judge.SMALL)")
     add("--probes", action="store_true",
         help="also grade hostile traces: flattery, forged fences, answers without work, ...")
-    add("--prefixes", type=int, default=0, metavar="N",
+    add("--prefixes", type=at_least(0), default=0, metavar="N",
         help="also cut traces at their steps, let the policy go on N times from each cut, and compare prefix "
              "grades with the share that ends right (slow)")
-    add("--limit", type=int, default=256, help="only the first so many traces")
-    add("--out", type=Path, help="write all of it as JSON, and sampled traces beside it")
-    add("--seed", type=int, default=0, help="of sampling, wrong references and intervals")
+    add("--limit", type=at_least(1), default=256, help="only the first so many traces")
+    add("--out", type=new_file, help="write all of it as JSON, and sampled traces beside it")
+    add("--seed", type=at_least(0), default=0, help="of sampling, wrong references and intervals")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: the folder {args.out.parent} does not exist")
     problems = problems_or_exit(args.data, "test", need_solution=True)
     records = read_traces(args.traces, problems)[: args.limit] if args.traces else None
     device = pick_device(args.device)
@@ -827,10 +828,11 @@ def main() -> None:
         args.policy = args.policy or str(MINIATURE / "policy")
     policy = load_lm(args.policy, device, dtype) if args.policy else lm
     if records is None:
-        problems = problems[: -(-args.limit // args.n)]
-        print(f"{policy.name} writes {args.n} traces for each of {len(problems)} problems", flush=True)
-        room = room_for(policy, [policy.chat(p.question) for p in problems], args.max_new_tokens)
-        records = traces_of(policy, problems, args.n, room, args.temperature, args.seed)
+        problems, most = with_room([policy], problems[: -(-args.limit // args.n)], args.max_new_tokens)
+        print(f"{policy.name} writes {args.n} traces of at most {most} tokens for each of {len(problems)} "
+              "problems", flush=True)
+        with no_traceback():
+            records = traces_of(policy, problems, args.n, most, args.temperature, args.seed)
         if args.out:
             write_atomically(args.out.with_suffix(".traces.jsonl"), jsonl(records))
     asked = {r["problem"] for r in records}
@@ -844,8 +846,9 @@ def main() -> None:
         for judge in judges:
             judge.check_view("prefix")
         print(f"{policy.name} goes on {args.prefixes} times from each step of its traces", flush=True)
-        continued = continue_prefixes(policy, problems, records, args.prefixes, args.max_new_tokens,
-                                      args.temperature, args.seed)
+        with no_traceback():
+            continued = continue_prefixes(policy, problems, records, args.prefixes, args.max_new_tokens,
+                                          args.temperature, args.seed)
     for judge in judges:
         print(f"\n{lm.name}, readout {judge.about}, {len(records)} traces of {len(problems)} problems, "
               f"{np.mean([r['correct'] for r in records]):.1%} right")
@@ -879,7 +882,7 @@ def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: li
             print(f"  {kind:36s} " + ("unread" if math.isnan(grade) else f"{grade:.2f}"))
     if continued:
         p = out["prefixes"] = {"continuations": args.prefixes} | calibrate_prefixes(
-            judge, problems, records, *continued, args.seed)
+            judge, problems, *continued, args.seed)
         print(f"{p['prefixes']} prefixes, {p['continuations']} continuations each, {p['success']:.1%} of "
               f"them right: correlation of grade and success {p['corr']:.2f} ({p['corr_low']:.2f} to "
               f"{p['corr_high']:.2f}), within problems {p['corr_within']:.2f}")

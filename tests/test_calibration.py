@@ -165,12 +165,16 @@ class Noise(Stand):
         return [Verdict((random.Random(t).random(),)) for t in traces]
 
 
-def test_prefix_grades_against_continuations(embedded):
+def test_prefix_grades_against_continuations(embedded, capsys):
     """The shipped policy goes on from clean and from spoilt prefixes; the shipped judge tells them apart."""
     judge, problems, records = embedded
     policy = load_lm(str(Path(mini.FOLDER) / "policy"))
     some = [r for r in records if r["problem"] in {p.id for p in problems[:4]}]
-    steps, success = continue_prefixes(policy, problems, some, 4, 120, temperature=0.3)
+    long = some[0] | {"text": "### a\n1" * 200}  # no room behind it: as if it were not there
+    kept, steps, success = continue_prefixes(policy, problems, [long, *some], 4, 120, temperature=0.3)
+    assert kept == some and "left out 1 of 9 traces with more than 392 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no trace is left.*lower --max-new-tokens"):
+        continue_prefixes(policy, problems, [long], 4, 120)
     row = calibrate_prefixes(judge, problems, some, steps, success)
     assert row["prefixes"] == len(success) == sum(len(re.findall("###", r["text"])) for r in some)
     assert 0.1 < row["success"] < 0.9 and row["corr"] > 0.6 and row["corr_within"] > 0.6
@@ -223,6 +227,10 @@ def test_program_samples_its_own_traces(tmp_path):
     report = json.loads((tmp_path / "o.json").read_text())
     assert report["traces"] == 8 and [r["readout"] for r in report["readouts"]] == ["expected", "critique"]
     assert len((tmp_path / "o.traces.jsonl").read_text().splitlines()) == 8
+    done = tiny.run("judge.py", "--judge", folder, "--data", data, "--n", 2, "--limit", 2, "--readout",
+                    "expected", "--max-new-tokens", 4)
+    assert "2 traces of at most 4 tokens for each of 1 problems" in done.stdout
+    assert "condition wrong is left out" in done.stdout
 
 
 # ---- the watch on a run ----
