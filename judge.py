@@ -37,9 +37,10 @@ import numpy as np
 import torch
 
 from data import MINIATURE, Problem, is_correct
-from data.answers import last_box
-from sample import LM, Help, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit, traces_of
-from sample import jsonl, require_plain_head, write_atomically
+from data.answers import _clean, last_box
+from sample import LM, Help, Sampler, at_least, load_lm, new_file, no_traceback, pick_device, pick_dtype
+from sample import jsonl, problems_or_exit, require_plain_head, room_for, traces_of, with_room
+from sample import write_atomically
 
 # What the rubric says about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -167,6 +168,7 @@ def with_ask(ask: str, behind: bool) -> str:
 
 
 STEM = "Score: "
+TOO_LONG = "longer than the judge's context"
 NO_REFERENCE = "(not available: judge the trace by itself)"
 
 # The readout `likelihood`: the reference is what is to be predicted, so it is not shown.
@@ -283,7 +285,7 @@ class Judge:
         then the checkpoints. Nothing: `expected` is to be read."""
         if self.readout != "likelihood" or problem.solution == self.no_reference:
             return []
-        answer = problem.answer or last_box(problem.solution)
+        answer = final_answer(problem)
         return ([(CONCLUSION, answer + "}")] if answer else []) + [
             ("", point) for point in checkpoints(problem.solution)]
 
@@ -344,7 +346,7 @@ class Judge:
 
         def result(i, k) -> tuple[float, str]:
             if (i, k) not in found:
-                return math.nan, f"longer than the judge's context of {limit} tokens"
+                return math.nan, f"{TOO_LONG} of {limit} tokens"
             if keys[i] in compared:
                 return closeness(found[i, k], found[keys[i]], known[keys[i]][2]), ""
             return found[i, k]
@@ -394,6 +396,11 @@ def score(grade: float) -> float:
     return (grade - 1) / 4
 
 
+def final_answer(problem: Problem) -> str:
+    """What a right trace has in its box, "72", be it given as "\\boxed{72}", "$72$" or "72."; "" for none."""
+    return _clean(last_box(problem.answer) or problem.answer or last_box(problem.solution) or "")
+
+
 def checkpoints(solution: str) -> list[str]:
     """The reference in pieces that a trace may reach one by one: its sentences and lines, short ones joined
     with the next. A line that only boxes the answer is none."""
@@ -427,9 +434,14 @@ def gain(s: float, without: float) -> float:
     return 0.0 if risen < 0 else risen  # NaN stays NaN
 
 
+# What may stand between word and grade, and is none: "(1-5)", "[on a scale of 1 to 5]", " out of 5:"
+SCALE = (r"(?:[ *]{0,3}[(\[][a-z ]{0,20}(?:1 ?(?:-|–|to) ?|out of |/ ?)5[a-z ]{0,10}[)\]]"
+         r"| (?:1 ?(?:-|–|to) ?|out of )5(?=\W{0,3}[:=]))?+")
+
+
 def read_grade(reply: str, word: str = "score") -> float:
     """The last "Score: d" of a free reply as a number in 1..5 or NaN. Reads "[4]", "**4**", "4/5", "4.5"."""
-    found = re.findall(re.escape(word) + r"\W{0,8}?(?:\\boxed\{)?(-?\d+(?:\.\d+)?)", reply,
+    found = re.findall(re.escape(word) + SCALE + r"\W{0,8}?(?:\\boxed\{)?(-?\d+(?:\.\d+)?)", reply,
                        flags=re.IGNORECASE)
     grade = float(found[-1]) if found and len(found[-1]) < 9 else math.nan
     return grade if 1 <= grade <= 5 else math.nan
@@ -451,6 +463,8 @@ def with_reference(problems: list[Problem], condition: str, no_reference: str,
                    seed: int) -> dict[str, Problem]:
     """By id, each problem with its right reference and answer, none, or another problem's ("wrong")."""
     order = np.random.default_rng(seed).permutation(len(problems))
+    if condition == "wrong" and len(problems) == 1:
+        raise SystemExit("a wrong reference is another problem's, and there is one problem: take more --data")
     if condition == "none":
         return {p.id: replace(p, solution=no_reference, answer="") for p in problems}
     source = dict(zip(order, np.roll(order, 1) if condition == "wrong" else order))
@@ -465,27 +479,36 @@ def calibrate(judge: Judge, problems: list[Problem], records: list[dict], condit
     `agreement`, and repeat_gap: the largest difference (of 1..5) when the first 16 traces are graded again in
     another order; tokens and seconds per grade; the scores themselves."""
     start, tokens = time.perf_counter(), judge.tokens
-    s = grade_records(judge, problems, records, condition, seed)
+    verdicts = verdicts_on(judge, problems, records, condition, seed)
     seconds, tokens = time.perf_counter() - start, judge.tokens - tokens
+    s = scores(verdicts)
     gaps = np.abs(s[:16] - grade_records(judge, problems, records[:16][::-1], condition, seed)[::-1])
-    return {"condition": condition, "readout": judge.readout} | agreement(s, records, seed) | {
+    return {"condition": condition, "readout": judge.readout} | agreement(verdicts, records, seed) | {
         "repeat_gap": 4 * float(gaps[~np.isnan(gaps)].max(initial=0)),
         "tokens_per_grade": tokens / len(s), "seconds_per_grade": seconds / len(s), "scores": s.tolist()}
 
 
-def grade_records(judge: Judge, problems: list[Problem], records: list[dict], condition: str,
-                  seed: int) -> np.ndarray:
-    """Scores (N,) in [0,1], NaN where the judge could not be read."""
+def verdicts_on(judge: Judge, problems: list[Problem], records: list[dict], condition: str,
+                seed: int) -> list[Verdict]:
     shown = with_reference(problems, condition, judge.no_reference, seed)
-    verdicts = judge.grade([shown[r["problem"]] for r in records], [r["text"] for r in records])
+    return judge.grade([shown[r["problem"]] for r in records], [r["text"] for r in records])
+
+
+def scores(verdicts: list[Verdict]) -> np.ndarray:
+    """(N,) in [0,1], NaN where the judge could not be read."""
     return np.array([v.grades[0] for v in verdicts])
 
 
-def agreement(s: np.ndarray, records: list[dict], seed: int) -> dict:
-    """Scores (N,) of traces against exact match.
+def grade_records(*asked) -> np.ndarray:
+    return scores(verdicts_on(*asked))
+
+
+def agreement(verdicts: list[Verdict], records: list[dict], seed: int) -> dict:
+    """Verdicts on whole traces against exact match.
 
     misplace (the paper's): mean of P(grade < 4 | correct) and P(grade >= 4 | incorrect). reliability: per
     grade, rounded, the number of traces and the share of them that is right."""
+    s = scores(verdicts)
     read = ~np.isnan(s)
     correct = np.array([bool(r["correct"]) for r in records])[read]
     ids = np.array([r["problem"] for r in records])[read]
@@ -500,7 +523,8 @@ def agreement(s: np.ndarray, records: list[dict], seed: int) -> dict:
         "grade_correct": mean(grades[correct]), "grade_incorrect": mean(grades[~correct]),
         "reliability": [{"grade": g, "traces": int((whole == g).sum()), "correct": mean(correct[whole == g])}
                         for g in range(1, 6)],
-        "unread": 1 - mean(read), "at_ends": mean((grades < 1.05) | (grades > 4.95)),
+        "unread": 1 - mean(read), "too_long": mean([v.raw.startswith(TOO_LONG) for v in verdicts]),
+        "at_ends": mean((grades < 1.05) | (grades > 4.95)),
         "length_corr": correlation(grades, lengths),
     }
 
@@ -539,7 +563,11 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
     drop = right["auroc"] - wrong["auroc"] if wrong else math.nan
     remedy = "try " + "--readout likelihood, or " * (right["readout"] != "likelihood") + "a larger judge"
     if right["unread"] > 0.2:
-        return "noise", f"{right['unread']:.0%} of its grades cannot be read; try --readout expected"
+        cause = ("try --readout expected" if right["readout"] == "generate" else
+                 "its logits are no numbers: try --dtype float32, or another judge")
+        if right["too_long"] > right["unread"] / 2:
+            cause = f"{right['too_long']:.0%} are {TOO_LONG}: take a judge with more, or shorter traces"
+        return "noise", f"{right['unread']:.0%} of its grades cannot be read; {cause}"
     if math.isnan(right["auroc"]):
         return "noise", "for all one can tell, which takes right and wrong traces: sample more"
     if not right["auroc_low"] > 0.5:
@@ -557,7 +585,7 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
 
 def probe_traces(problem: Problem, right: str, wrong: str, rng: np.random.Generator) -> dict[str, list[str]]:
     """Traces that deserve little, by kind, made of an honest right and a wrong trace of the problem."""
-    box, reference = f"\\boxed{{{problem.answer}}}", problem.solution
+    box, reference = f"\\boxed{{{final_answer(problem)}}}", problem.solution
     cut = last_line(reference)
     words = problem.question.split() + reference.split()
     return {
@@ -611,23 +639,33 @@ def probe(judge: Judge, problems: list[Problem], records: list[dict], seed: int 
     return {kind: mean([x for x in g if not math.isnan(x)]) for kind, g in grades.items()}
 
 
-def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], n: int, max_new_tokens: int,
-                      temperature: float = 1.0, seed: int = 0) -> tuple[list[list[str]], np.ndarray]:
-    """Cut each trace at its step ends and let the policy go on n times from each cut -> (the steps of each
-    trace, success), success (number of all steps,): the share of continuations that end right.
+def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], n: int,
+                      max_new_tokens: int | None, temperature: float = 1.0, seed: int = 0) -> tuple:
+    """Cut each trace at its step ends and let the policy go on n times from each cut -> (the records, each
+    one's steps, success), success (number of all steps,): the share of continuations that end right. A trace
+    without room behind it is reported and left out: it would cut all continuations short.
 
     The prefix is tokenized anew: in rare places not the tokens that were sampled."""
-    by_id = {p.id: p for p in problems}
-    steps = [[step for step in HEADING.split(r["text"]) if step] for r in records]
-    prefixes = [(by_id[r["problem"]], "".join(some[: k + 1]))
-                for r, some in zip(records, steps) for k in range(len(some))]
-    prompts = [policy.chat(problem.question) + policy.tokenizer.encode(
-        text, add_special_tokens=False, split_special_tokens=True) for problem, text in prefixes]
-    room = room_for(policy, prompts, max_new_tokens)
-    rollouts = iter(Sampler(policy.model).sample(prompts, n, room, temperature, seed))
+    by_id, (room, max_new_tokens) = {p.id: p for p in problems}, room_for([policy], max_new_tokens)
+    kept, steps, prefixes, prompts = [], [], [], []
+    for r in records:
+        problem, some = by_id[r["problem"]], [step for step in HEADING.split(r["text"]) if step]
+        chat, texts = policy.chat(problem.question), ["".join(some[: k + 1]) for k in range(len(some))]
+        asked = [chat + policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+                 for text in texts]
+        if max(map(len, asked), default=0) <= room:
+            kept.append(r), steps.append(some)
+            prefixes += [(problem, text) for text in texts]
+            prompts += asked
+    if len(kept) < len(records):
+        print(f"left out {len(records) - len(kept)} of {len(records)} traces with more than {room} tokens, "
+              f"prompt included; to keep them lower --max-new-tokens {max_new_tokens}", flush=True)
+    if not prompts:
+        raise SystemExit("no trace is left for --prefixes to go on from: lower --max-new-tokens")
+    rollouts = iter(Sampler(policy.model).sample(prompts, n, max_new_tokens, temperature, seed))
     right = [[is_correct(text + policy.text(next(rollouts).token_ids), problem.answer) for _ in range(n)]
              for problem, text in prefixes]
-    return steps, np.mean(right, 1)
+    return kept, steps, np.mean(right, 1)
 
 
 def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict], steps: list[list[str]],
@@ -647,32 +685,32 @@ def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict
             "scores": grades.tolist(), "successes": success.tolist()}
 
 
-def room_for(policy: LM, prompts: list[list[int]], max_new_tokens: int) -> int:
-    """max_new_tokens, or less if the policy's context is too short for that behind the longest prompt."""
-    room = policy.model.config.max_position_embeddings - max(map(len, prompts))
-    if room < 1:
-        raise SystemExit(f"a prompt of {max(map(len, prompts))} tokens fills the context of {policy.name}: "
-                         "take another --policy, or shorter problems")
-    return min(max_new_tokens, room)
-
-
 def read_traces(path: str, problems: list[Problem]) -> list[dict]:
     """What sample.py --out wrote; raises SystemExit for a file that does not fit the problems."""
-    known, records = {p.id for p in problems}, []
+    known, records = {p.id: p for p in problems}, []
     hint = "write the file with sample.py --out, on the same --data"
     try:
-        for number, line in enumerate(Path(path).read_text().split("\n"), 1):
-            if not line:
-                continue
-            record = json.loads(line)
-            record["text"], record["correct"]
-            if record["problem"] not in known:
-                raise SystemExit(f"{path}:{number}: problem {record['problem']!r} is not in --data: {hint}")
-            records.append(record)
-    except (OSError, UnicodeError) as error:  # the latter has no line, and no strerror
+        lines = Path(path).read_text().split("\n")
+    except (OSError, UnicodeError) as error:  # the latter has no strerror
         raise SystemExit(f"--traces {path}: {getattr(error, 'strerror', error)}: {hint}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}:{number}: not a trace ({error!r}): {hint}") from error
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            name, text, correct = record["problem"], record["text"], record["correct"]
+            if not (isinstance(name, str) and isinstance(text, str) and isinstance(correct, bool)):
+                raise TypeError("problem and text must be strings, correct true or false")
+            text.encode()  # tokenizers refuse half a surrogate pair
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}:{number}: not a trace ({type(error).__name__}: {error}): "
+                             f"{hint}") from error
+        if name not in known:
+            raise SystemExit(f"{path}:{number}: problem {name!r} is not in --data: {hint}")
+        if correct and not is_correct(text, known[name].answer):
+            raise SystemExit(f"{path}:{number}: marked correct, but the answer of {name!r} in --data is "
+                             f"{known[name].answer!r}: {hint}")
+        records.append(record)
     if not records:
         raise SystemExit(f"{path} holds no trace: {hint}")
     return records
@@ -690,11 +728,13 @@ def check(judge: Judge, problems: list[Problem], records: list[dict], seed: int 
     records = records + [{"problem": p.id, "text": p.solution, "correct": True} for p in problems]
     records.sort(key=lambda r: r["problem"])  # a problem's traces share their prompt
     good = np.array([r["correct"] for r in records])
-    own = grade_records(judge, problems, records, "right", seed)
-    other = grade_records(judge, problems, [r for r in records if r["correct"]], "wrong", seed)
-    both, first = np.concatenate([own[good], other]), np.arange(2 * len(other)) < len(other)
-    match = auroc(both[~np.isnan(both)], first[~np.isnan(both)])
+    own = verdicts_on(judge, problems, records, "right", seed)
     word, reason = usable({"readout": judge.readout} | agreement(own, records, seed))
+    if len(problems) == 1:
+        return word, f"{reason}; one problem has no other's reference to be compared with"
+    other = grade_records(judge, problems, [r for r in records if r["correct"]], "wrong", seed)
+    both, first = np.concatenate([scores(own)[good], other]), np.arange(2 * len(other)) < len(other)
+    match = auroc(both[~np.isnan(both)], first[~np.isnan(both)])
     if word != "noise" and match < 0.7:
         return "weak", (f"it hardly sees whether a right trace agrees with the reference (AUROC {match:.2f} "
                         "against another problem's reference): it grades the looks of a trace; try --readout "
@@ -760,8 +800,9 @@ def main() -> None:
         help="files or hub data set ids; science=FILE names the domain of a file's rows")
     add("--traces", help="JSONL of `sample.py --out` on this data; default: sampled first")
     add("--policy", help="who writes them; default: the judge's model or the embedded policy")
-    add("--n", type=int, default=4, help="traces per problem, where they are sampled")
-    add("--max-new-tokens", type=int, default=1024, help="where a sampled trace is cut off")
+    add("--n", type=at_least(1), default=4, help="traces per problem, where they are sampled")
+    add("--max-new-tokens", type=at_least(1),
+        help="where a sampled trace is cut off (default: 1024, or half the policy's context)")
     add("--temperature", type=float, default=0.8, help="of sampling")
     add("--conditions", nargs="+", default=["right", "none", "wrong"], choices=["right", "none", "wrong"],
         help="what the judge sees as reference")
@@ -769,17 +810,15 @@ def main() -> None:
         help="one or several; default: the judge's own, or by its size (see judge.SMALL)")
     add("--probes", action="store_true",
         help="also grade hostile traces: flattery, forged fences, answers without work, ...")
-    add("--prefixes", type=int, default=0, metavar="N",
+    add("--prefixes", type=at_least(0), default=0, metavar="N",
         help="also cut traces at their steps, let the policy go on N times from each cut, and compare prefix "
              "grades with the share that ends right (slow)")
-    add("--limit", type=int, default=256, help="only the first so many traces")
-    add("--out", type=Path, help="write all of it as JSON, and sampled traces beside it")
-    add("--seed", type=int, default=0, help="of sampling, wrong references and intervals")
+    add("--limit", type=at_least(1), default=256, help="only the first so many traces")
+    add("--out", type=new_file, help="write all of it as JSON, and sampled traces beside it")
+    add("--seed", type=at_least(0), default=0, help="of sampling, wrong references and intervals")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: the folder {args.out.parent} does not exist")
     problems = problems_or_exit(args.data, "test", need_solution=True)
     records = read_traces(args.traces, problems)[: args.limit] if args.traces else None
     device = pick_device(args.device)
@@ -789,22 +828,27 @@ def main() -> None:
         args.policy = args.policy or str(MINIATURE / "policy")
     policy = load_lm(args.policy, device, dtype) if args.policy else lm
     if records is None:
-        problems = problems[: -(-args.limit // args.n)]
-        print(f"{policy.name} writes {args.n} traces for each of {len(problems)} problems", flush=True)
-        room = room_for(policy, [policy.chat(p.question) for p in problems], args.max_new_tokens)
-        records = traces_of(policy, problems, args.n, room, args.temperature, args.seed)
+        problems, most = with_room([policy], problems[: -(-args.limit // args.n)], args.max_new_tokens)
+        print(f"{policy.name} writes {args.n} traces of at most {most} tokens for each of {len(problems)} "
+              "problems", flush=True)
+        with no_traceback():
+            records = traces_of(policy, problems, args.n, most, args.temperature, args.seed)
         if args.out:
             write_atomically(args.out.with_suffix(".traces.jsonl"), jsonl(records))
     asked = {r["problem"] for r in records}
     problems = [p for p in problems if p.id in asked]
+    if len(problems) == 1 and {"wrong"} < {*args.conditions}:
+        print("one problem has no other's reference: condition wrong is left out")
+        args.conditions = [condition for condition in args.conditions if condition != "wrong"]
     judges = [Judge(lm.model, lm.tokenizer, lm.prompts, readout) for readout in args.readout]
     continued, readouts = None, []
     if args.prefixes:
         for judge in judges:
             judge.check_view("prefix")
         print(f"{policy.name} goes on {args.prefixes} times from each step of its traces", flush=True)
-        continued = continue_prefixes(policy, problems, records, args.prefixes, args.max_new_tokens,
-                                      args.temperature, args.seed)
+        with no_traceback():
+            continued = continue_prefixes(policy, problems, records, args.prefixes, args.max_new_tokens,
+                                          args.temperature, args.seed)
     for judge in judges:
         print(f"\n{lm.name}, readout {judge.about}, {len(records)} traces of {len(problems)} problems, "
               f"{np.mean([r['correct'] for r in records]):.1%} right")
@@ -838,7 +882,7 @@ def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: li
             print(f"  {kind:36s} " + ("unread" if math.isnan(grade) else f"{grade:.2f}"))
     if continued:
         p = out["prefixes"] = {"continuations": args.prefixes} | calibrate_prefixes(
-            judge, problems, records, *continued, args.seed)
+            judge, problems, *continued, args.seed)
         print(f"{p['prefixes']} prefixes, {p['continuations']} continuations each, {p['success']:.1%} of "
               f"them right: correlation of grade and success {p['corr']:.2f} ({p['corr_low']:.2f} to "
               f"{p['corr_high']:.2f}), within problems {p['corr_within']:.2f}")

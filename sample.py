@@ -45,7 +45,7 @@ from tqdm import tqdm
 # transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours meanwhile.
 _ours = sys.modules.pop("kernels", None)
 sys.modules["kernels"] = None
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 del sys.modules["kernels"]
@@ -137,15 +137,21 @@ def resolve_model(name: str) -> str:
 
 
 def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LM:
-    """Model and tokenizer from a folder, the local hub cache or the hub; safetensors only, no remote code."""
+    """Model and tokenizer from a folder, the local hub cache or the hub; safetensors only, no remote code.
+    Device "meta": without reading its weights."""
     path = resolve_model(name)
     if path != name:
         print(f"model {name} -> {path}", file=sys.stderr)
     try:
         # tokenizer.json as it stands: AutoTokenizer rebuilds every Qwen2 tokenizer with Qwen's own word split
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
-                                                     trust_remote_code=False, attn_implementation="sdpa")
+        if device == "meta":
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(
+                    path, trust_remote_code=False))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
+                                                         trust_remote_code=False, attn_implementation="sdpa")
     except (OSError, ValueError) as error:  # raised for a missing, offline or gated repository
         raise SystemExit(
             f"cannot load {path}: {str(error).strip().splitlines()[0]}\n"
@@ -1024,7 +1030,7 @@ def bucket(rows: int) -> int:
 
 def trace_noise(seed: int, trace: int, tokens: int) -> np.ndarray:
     """Uniform numbers (tokens,) for one trace: a function of (seed, trace, position) alone."""
-    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, trace]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, trace], np.uint64)))
     return generator.random(tokens, dtype=np.float32)
 
 
@@ -1076,12 +1082,18 @@ def summary(records: list[dict], n: int, ks, seconds: float) -> dict:
                       "tokens_per_second": sum(tokens) / seconds}
 
 
-def problems_or_exit(specs, split: str, **options) -> list[Problem]:
-    """load_problems for a program: its errors name file, row and remedy, and need no traceback."""
+@contextmanager
+def no_traceback():
+    """For a program: the ValueErrors of what stands inside name what is wrong and the remedy."""
     try:
-        return load_problems(list(specs), split=split, **options)
+        yield
     except ValueError as error:
         raise SystemExit(str(error)) from error
+
+
+def problems_or_exit(specs, split: str, **options) -> list[Problem]:
+    with no_traceback():
+        return load_problems(list(specs), split=split, **options)
 
 
 def pick_device(device: str) -> str:
@@ -1104,6 +1116,29 @@ def too_long(lm: LM, problems: list[Problem], limit: int) -> list[Problem]:
     return [p for p in problems if len(p.question.encode()) > room and len(lm.chat(p.question)) > limit]
 
 
+def room_for(lms: list[LM], max_new_tokens: int | None) -> tuple[float, int]:
+    """How long may a prompt be in the shortest context, and a trace (default: 1024, or half of that)?"""
+    context = min(getattr(lm.model.config, "max_position_embeddings", None) or math.inf for lm in lms)
+    max_new_tokens = max_new_tokens or int(min(1024, context / 2))
+    return context - max_new_tokens, max_new_tokens
+
+
+def with_room(lms: list[LM], problems: list[Problem], max_new_tokens: int | None,
+              max_prompt_tokens: float = math.inf) -> tuple[list[Problem], int]:
+    """The problems whose prompts have room in all contexts, and max_new_tokens. A longer one is reported and
+    left out: it would cut all traces short."""
+    room, max_new_tokens = room_for(lms, max_new_tokens)
+    limit = min(room, max_prompt_tokens)
+    remedy = f"lower --max-new-tokens {max_new_tokens}" if limit == room else "raise --max-prompt-tokens"
+    long = {p.id for lm in lms for p in too_long(lm, problems, limit)}
+    if len(long) == len(problems):
+        raise SystemExit(f"no problem is left, for each has more than {limit} prompt tokens: {remedy}")
+    if long:
+        print(f"left out {len(long)} of {len(problems)} problems with more than {limit} prompt tokens; to "
+              f"keep them {remedy}", file=sys.stderr)
+    return [p for p in problems if p.id not in long], max_new_tokens
+
+
 def jsonl(records: list[dict]) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
@@ -1115,6 +1150,25 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     tmp.replace(path)
+
+
+def at_least(least: int):
+    """The type of a flag: a whole number, refused before anything is loaded."""
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+    return number
+
+
+def new_file(text: str) -> Path:
+    """The type of --out, so that it is looked at before the work: it is written at the end."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist: create it")
+    return path
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1143,18 +1197,20 @@ def main() -> None:
     add("--model", default=str(MINIATURE / "policy"), help="folder, hub id, or bare well-known name")
     add("--against", metavar="MODEL", help="sample a second model, too, and print the paired difference")
     add("--data", nargs="+", default=[str(MINIATURE / "eval.jsonl")], help="files or hub data set ids")
-    add("--limit", type=int, help="only the first so many problems")
-    add("--max-prompt-tokens", type=int, default=2048, help="longer questions are reported and left out")
+    add("--limit", type=at_least(1), help="only the first so many problems")
+    add("--max-prompt-tokens", type=at_least(1), default=2048,
+        help="longer questions are reported and left out")
     add("--skip-bad-rows", action="store_true", help="count and drop bad rows instead of stopping")
-    add("--out", type=Path, help="write every trace to this JSONL file")
+    add("--out", type=new_file, help="write every trace to this JSONL file")
     add = parser.add_argument_group("sampling").add_argument
-    add("--n", type=int, default=16, help="traces per problem")
-    add("--k", type=int, nargs="+", help="pass@k for these k (default: 1, 2, 4, ... n)")
-    add("--max-new-tokens", type=int, help="default: 1024, or what fits the context")
+    add("--n", type=at_least(1), default=16, help="traces per problem")
+    add("--k", type=at_least(1), nargs="+", help="pass@k for these k (default: 1, 2, 4, ... n)")
+    add("--max-new-tokens", type=at_least(1),
+        help="where a trace is cut off (default: 1024, or half the context)")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--seed", type=int, default=0, help="the noise is a function of seed, trace and position")
+    add("--seed", type=at_least(0), default=0, help="the noise is a function of seed, trace and position")
     add = parser.add_argument_group("engine").add_argument
-    add("--max-rows", type=int, default=256, help="traces decoded at the same time")
+    add("--max-rows", type=at_least(1), default=256, help="traces decoded at the same time")
     add("--cache-gb", type=float,
         help="memory for keys and values (default: 4 on a CPU, 60%% of the free on a GPU)")
     add("--bench", nargs="?", const="", metavar="JUDGE",
@@ -1167,28 +1223,20 @@ def main() -> None:
         from experiments import bench_sampler
         return bench_sampler.main(args.model, args.bench, args.data[0], pick_device(args.device))
     ks = sorted(set(args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]))
-    if args.n < 1 or ks[-1] > args.n or ks[0] < 1:
+    if ks[-1] > args.n:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: the folder {args.out.parent} does not exist: create it")
     problems = problems_or_exit(args.data, "test", skip_bad_rows=args.skip_bad_rows)[: args.limit]
     device = pick_device(args.device)
     lm = load_lm(args.model, device, pick_dtype(args.dtype, device))
-    long = {p.id for p in too_long(lm, problems, args.max_prompt_tokens)}
-    if long:
-        print(f"left out {len(long)} of {len(problems)} problems with more than {args.max_prompt_tokens} "
-              "prompt tokens", file=sys.stderr)
-        problems = [p for p in problems if p.id not in long]
-    if not problems:
-        parser.error("no problem is left to sample: raise --max-prompt-tokens")
-    if args.max_new_tokens is None:
-        room = lm.model.config.max_position_embeddings - max(len(lm.chat(p.question)) for p in problems)
-        args.max_new_tokens = min(1024, room)
-    print(f"{len(problems)} problems x {args.n} traces, temperature {args.temperature}")
+    other = load_lm(args.against, "meta") if args.against else lm  # one model in memory at a time
+    problems, args.max_new_tokens = with_room([lm, other], problems, args.max_new_tokens,
+                                              args.max_prompt_tokens)
+    print(f"{len(problems)} problems x {args.n} traces of at most {args.max_new_tokens} tokens, "
+          f"temperature {args.temperature}")
     solved = [sample_and_print(args, lm, problems, ks, args.out)]
     if args.against:
-        del lm  # one model in memory at a time
-        other = load_lm(args.against, device, pick_dtype(args.dtype, device))
+        del lm
+        other = load_lm(other.name, device, pick_dtype(args.dtype, device))
         out = args.out and args.out.with_suffix(".against.jsonl")
         solved.append(sample_and_print(args, other, problems, ks, out))
         print("difference, the same problems in both (95% interval)")
@@ -1201,7 +1249,7 @@ def main() -> None:
 
 def sample_and_print(args, lm: LM, problems: list[Problem], ks, out: Path | None) -> list[int]:
     """One model's table and traces -> how many traces of each problem are right."""
-    with tqdm(total=len(problems) * args.n, unit="trace", disable=None) as bar:
+    with no_traceback(), tqdm(total=len(problems) * args.n, unit="trace", disable=None) as bar:
         metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature,
                                     args.seed, args.max_rows, bar.update, args.cache_gb)
     if out:

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,24 @@ def test_unread_grades_are_counted_and_left_out():
     right = calibrate(Stand(), PROBLEMS, records, "right")
     assert right["unread"] == 0.25 and right["auroc"] == 1
     word, reason = usable(right)
-    assert word == "noise" and "cannot be read" in reason
+    assert word == "noise" and "25% of its grades cannot be read; its logits are no numbers" in reason
+    assert "try --readout expected" in usable(right | {"readout": "generate"})[1]
+
+
+def test_a_short_context_is_named_as_the_cause():
+    lm = tiny.model(context=2600), tiny.tokenizer()
+    records = [r | {"text": r["text"] * (400 if r["correct"] else 1)} for r in RECORDS[:4]]
+    for readout in ("expected", "critique"):
+        row = calibrate(Judge(*lm, readout=readout, reply_tokens=4), PROBLEMS[:2], records, "right")
+        assert row["too_long"] == 0.5
+        assert "50% are longer than the judge's context: take a judge with more" in usable(row)[1]
+
+
+def test_one_problem_has_no_wrong_reference():
+    with pytest.raises(SystemExit, match="there is one problem: take more --data"):
+        calibrate(Stand(), PROBLEMS[:1], RECORDS[:2], "wrong")
+    word, reason = check(Stand(), PROBLEMS[:1], RECORDS[:2])
+    assert word == "usable" and "no other's reference" in reason
 
 
 def test_one_kind_of_traces_tells_nothing():
@@ -102,7 +120,10 @@ def test_probes_are_what_they_say():
     assert not is_correct(spoilt, "20") and "12 + 8 = 20" in spoilt
     copied, = made["the reference, one number changed"]
     assert copied == "12 + 8 = 21\n\\boxed{20}"
-    assert is_correct(made["the right answer alone"][0], "20") and made["empty"] == [""]
+    assert made["the right answer alone"] == ["\\boxed{20}"] and made["empty"] == [""]
+    for answer in ("\\boxed{20}", "$20$", "20."):
+        again = probe_traces(replace(problem, answer=answer), right, wrong, np.random.default_rng(0))
+        assert again == made
     assert len(made["very long noise"][0].split()) == 600 and len(made["grade 5, in many forms"]) > 4
 
 
@@ -144,12 +165,16 @@ class Noise(Stand):
         return [Verdict((random.Random(t).random(),)) for t in traces]
 
 
-def test_prefix_grades_against_continuations(embedded):
+def test_prefix_grades_against_continuations(embedded, capsys):
     """The shipped policy goes on from clean and from spoilt prefixes; the shipped judge tells them apart."""
     judge, problems, records = embedded
     policy = load_lm(str(Path(mini.FOLDER) / "policy"))
     some = [r for r in records if r["problem"] in {p.id for p in problems[:4]}]
-    steps, success = continue_prefixes(policy, problems, some, 4, 120, temperature=0.3)
+    long = some[0] | {"text": "### a\n1" * 200}  # no room behind it: as if it were not there
+    kept, steps, success = continue_prefixes(policy, problems, [long, *some], 4, 120, temperature=0.3)
+    assert kept == some and "left out 1 of 9 traces with more than 392 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no trace is left.*lower --max-new-tokens"):
+        continue_prefixes(policy, problems, [long], 4, 120)
     row = calibrate_prefixes(judge, problems, some, steps, success)
     assert row["prefixes"] == len(success) == sum(len(re.findall("###", r["text"])) for r in some)
     assert 0.1 < row["success"] < 0.9 and row["corr"] > 0.6 and row["corr_within"] > 0.6
@@ -162,8 +187,8 @@ def test_program(tmp_path):
     folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 4)
     traces = tmp_path / "t.jsonl"
     traces.write_text("".join(
-        json.dumps({"problem": p.id, "text": f"### a\nwork {i}\n### b\n{i}", "correct": i == 0}) + "\n"
-        for p in load_problems(str(data)) for i in range(2)))
+        json.dumps({"problem": p.id, "text": f"### a\n1\n### b\n{p.answer}{end}", "correct": not end}) + "\n"
+        for p in load_problems(str(data)) for end in ("", "7")))
     done = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, "--probes",
                     "--prefixes", 1, "--max-new-tokens", 4, "--out", tmp_path / "o.json")
     row, = json.loads((tmp_path / "o.json").read_text())["readouts"]
@@ -181,7 +206,11 @@ def test_traces_that_do_not_fit_are_named_by_file_and_line(tmp_path):
     path, good = tmp_path / "t.jsonl", json.dumps(RECORDS[0])
     path.write_text(f"{good}\n\n{good}\n")
     assert read_traces(path, PROBLEMS) == [RECORDS[0]] * 2
-    for content, message in ((f"{good}\n\n{{}}\n".encode(), "t.jsonl:3: not a trace"),
+    bad = ({"correct": "false"}, {"correct": 0}, {"text": 7}, {"text": "half \ud800"}, {"problem": ["p/1"]})
+    bad = ["{}", "[]", *(json.dumps(RECORDS[0] | wrong) for wrong in bad)]
+    for content, message in (*((f"{good}\n\n{line}\n".encode(), "t.jsonl:3: not a trace") for line in bad),
+                             (json.dumps(RECORDS[1] | {"problem": "p/3"}).encode(),
+                              "t.jsonl:1: marked correct, but the answer of 'p/3' in --data is '3': write"),
                              (b"\xff\xfe weights", "can't decode"), (b"", "holds no trace")):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match=message):
@@ -198,6 +227,10 @@ def test_program_samples_its_own_traces(tmp_path):
     report = json.loads((tmp_path / "o.json").read_text())
     assert report["traces"] == 8 and [r["readout"] for r in report["readouts"]] == ["expected", "critique"]
     assert len((tmp_path / "o.traces.jsonl").read_text().splitlines()) == 8
+    done = tiny.run("judge.py", "--judge", folder, "--data", data, "--n", 2, "--limit", 2, "--readout",
+                    "expected", "--max-new-tokens", 4)
+    assert "2 traces of at most 4 tokens for each of 1 problems" in done.stdout
+    assert "condition wrong is left out" in done.stdout
 
 
 # ---- the watch on a run ----
@@ -266,7 +299,7 @@ def test_the_wording_search_reads_every_variant(tmp_path, monkeypatch):
 def test_the_wording_search_as_a_program(tmp_path, monkeypatch):
     folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 3)
     traces, table = tmp_path / "t.jsonl", tmp_path / "w.csv"
-    records = [{"problem": f"p/{i}", "text": f"that is {i + k}", "correct": i == k, "finished": True}
+    records = [{"problem": f"p/{i}", "text": f"that is {i + k - 2}", "correct": i == k, "finished": True}
                for i in (1, 2, 3) for k in (1, 2, 3)]
     traces.write_text("".join(json.dumps(r) + "\n" for r in records))
     flags = ["--judge", folder, "--data", data, "--traces", traces, "--variants", "conclusion",

@@ -156,6 +156,15 @@ def test_checkpoints_are_the_references_sentences(solution, pieces):
     assert checkpoints(solution) == pieces
 
 
+@pytest.mark.parametrize("answer, solution", [
+    ("72", ""), ("\\boxed{72}", ""), ("$72$", ""), ("72.", ""), ("\\(72\\)", ""), ("", "So \\fbox{$72$}."),
+    ("", "So")])
+def test_an_answer_is_sought_as_it_stands_in_a_box(answer, solution):
+    judge = Judge(tiny.model(), tiny.tokenizer(), readout="likelihood")
+    problem = replace(PROBLEM, answer=answer, solution=solution)
+    assert [text for stem, text in judge.targets(problem) if stem] == ["72}"] * (solution != "So")
+
+
 @pytest.mark.parametrize("view", ["prefix", "segment"])
 def test_without_a_reference_likelihood_reads_expected(view):
     likely, graded = (Judge(tiny.model(seed=1, spread=0.5), tiny.tokenizer(), readout=readout)
@@ -184,6 +193,10 @@ def test_the_default_readout_is_a_matter_of_size(monkeypatch):
     ("Score: 2/5", 2), ("Score: 1\nOn reflection:\nScore: 5", 5), ("Score: \\boxed{3}", 3),
     ("Score: 0", None), ("Score: 6", None), ("Score: -3", None), ("Score: 10", None), ("no grade", None),
     ("", None), ("Score: " + "9" * 5000, None), ("Score: five", None),
+    # a scale is no grade
+    ("Score (1-5): 4", 4), ("**Score (1 to 5):** [2]", 2), ("Score out of 5: 4", 4), ("Score 1–5 = 3", 3),
+    ("Score [on a scale of 1 to 5]:\n4.5", 4.5), ("Score (/5): 4", 4), ("Score (1-5): five", None),
+    ("Score: 4 out of 5", 4), ("Score [4/5]: 5 steps", 4), ("Score: 1-5", 1), ("Score (4 out of 5): 3", 4),
 ])
 def test_replies_are_read_last_and_range_checked(reply, grade):
     assert read_grade(reply) == grade if grade else math.isnan(read_grade(reply))

@@ -446,6 +446,7 @@ def test_a_group_side_by_side_with_tints_grades_and_replies(browser, page):
                                              [up, "grade 0.70 (3.8 of 5), advantage +0.50"]]
     first, second = browser.js("[...document.querySelectorAll('.chosen .step')].map(s => s.innerText)")
     assert "Opening.\n### one\n1\n#### no step" in first and "### two\n2" in second
+    assert browser.js("steps({ text: 'no step', perStep: true, grades: [] })") == ["no step"]
 
 
 @needs_browser

@@ -1,13 +1,16 @@
 """The sampler against transformers: greedy tokens, teacher-forced log-probs, distribution, refill, limits."""
 
 import gc
+import importlib
 import json
 import os
 import random
 import re
+import sys
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ import torch
 import transformers
 
 import sample
+from data import load_problems
 from kernels.paged_attention import triton_paged_attention
 from sample import PAGE, Cache, Sampler, bucket, load_lm, pages_of, resolve_model, trace_noise
 
@@ -391,6 +395,9 @@ def test_noise_is_a_function_of_seed_trace_and_position():
     assert (trace_noise(3, 7, 20) != trace_noise(3, 8, 20)).any()
     assert (trace_noise(3, 7, 20) != trace_noise(4, 7, 20)).any()
     assert trace_noise(2**80, 2**40, 10_000).max() <= 1
+    assert trace_noise(5, 3, 1)[0] == pytest.approx(0.92772645)  # what it always was
+    for seed in (2**31, 2**32 - 1):  # as exprl.py makes one of its seed and the step: no low bit is lost
+        assert len({trace_noise(seed << 32 | step, 3, 1)[0] for step in range(9)}) == 9
 
 
 def test_a_part_of_a_batch_draws_what_the_whole_draws():
@@ -483,8 +490,50 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
     assert (tmp_path / "u.jsonl").read_text() == (tmp_path / "t.jsonl").read_text()
     assert (tmp_path / "u.against.jsonl").read_text() == (tmp_path / "t.jsonl").read_text()
     assert re.search(r"difference.*\n +pass@1 +\+0.00% +\+0.00% .. \+0.00%", again.stdout)
-    bad = tiny.run("sample.py", "--model", folder, "--data", data, "--n", 2, "--k", 4, check=False)
-    assert bad.returncode and "--k" in bad.stderr
+
+
+def test_one_long_question_does_not_cut_all_traces_short(tmp_path, capsys):
+    lm, short = (load_lm(str(tiny.save(tmp_path / str(context), context=context))) for context in (512, 400))
+    problems = load_problems(str(tiny.problems_file(tmp_path / "p.jsonl", 3)))  # prompts of 212 bytes
+    long = replace(problems[1], question="x" * 100)
+    assert sample.with_room([lm], problems, None) == (problems, 256)
+    assert sample.with_room([lm], [problems[0], long], None) == (problems[:1], 256)
+    assert "left out 1 of 2 problems with more than 256 prompt tokens" in capsys.readouterr().err
+    assert sample.with_room([lm], [problems[0], long], 200) == ([problems[0], long], 200)
+    assert sample.with_room([lm, short], problems, 180) == (problems, 180)
+    for lms, room, limit, remedy in (([lm, short], None, 2048, "lower --max-new-tokens 200"),
+                                     ([lm], None, 20, "raise --max-prompt-tokens"),
+                                     ([lm], 600, 2048, "lower --max-new-tokens 600")):
+        with pytest.raises(SystemExit, match=f"no problem is left.*: {remedy}"):
+            sample.with_room(lms, problems, room, limit)
+
+
+@pytest.mark.parametrize("program, flags, message", [
+    *((program, flags, message) for program in ("sample", "judge") for flags, message in (
+        ("--limit 0", "--limit: must be at least 1"), ("--n -1", "--n: must be at least 1"),
+        ("--max-new-tokens 0", "--max-new-tokens: must be at least 1"), ("--seed -1", "--seed: must be at"),
+        ("--out .", "--out: . is a folder"), ("--out no/x", "--out: the folder no does not exist"))),
+    ("sample", "--max-rows 0", "--max-rows: must be at least 1"), ("sample", "--n 2 --k 4", "and --n 2, got"),
+    ("sample", "--n 2 --limit 2 --temperature -1", "must not be negative"),
+    ("judge", "--n 2 --limit 2 --temperature -1", "must not be negative"),
+    ("sample", "--n 2 --limit 2 --max-new-tokens 8 --against nowhere", "no model 'nowhere'"),
+])
+def test_bad_flags_end_a_program_before_its_work(program, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(program).main()
+    said = capsys.readouterr()
+    assert message in f"{said.err}{stop.value}" and "pass@" not in said.out
+
+
+def test_a_second_model_with_a_shorter_context_is_heeded_before_the_first_is_sampled(tmp_path, monkeypatch):
+    long, short = (tiny.save(tmp_path / str(context), context=context) for context in (4096, 256))
+    data = tiny.problems_file(tmp_path / "p.jsonl", 2)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(long), "--against", str(short), "--data",
+                                      str(data), "--n", "1", "--max-new-tokens", "60"])
+    monkeypatch.setattr(sample, "evaluate", None)
+    with pytest.raises(SystemExit, match="more than 196 prompt tokens: lower --max-new-tokens 60"):
+        sample.main()
 
 
 @pytest.mark.parametrize("program", ["sample.py", "judge.py"])
