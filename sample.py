@@ -189,9 +189,9 @@ def require_plain_head(model) -> None:
     logits = model(input_ids=ids).logits
     gap = (model.base_model(input_ids=ids).last_hidden_state @ weight.T - logits).norm() / logits.norm()
     if not gap < 0.02 or getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise SystemExit(f"{model.config.model_type}: its logits are not hidden states times the head's weights, "
-                         "as training and judging take them to be: choose another model, or for a judge "
-                         "--readout generate")
+        raise SystemExit(f"{model.config.model_type}: its logits are not hidden states times the head's "
+                         "weights, as training and judging take them to be: choose another model, or for a "
+                         "judge --readout generate")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -972,7 +972,7 @@ class Sampler:
 
 class Graphs:
     """A decode step on CUDA, captured once per bucket of rows and replayed: one small copy to the device (the
-    rows' state), one launch, one small copy back (token and log-prob). Not yet run on a GPU."""
+    rows' state), one launch, one small copy back (token and log-prob)."""
 
     def __init__(self, sampler: Sampler, cache: Cache, rows: int, width: int, addresses: list[int]):
         device = sampler.model.device

@@ -32,6 +32,7 @@ from kernels.token_logprob import fast_dtype  # noqa: E402
 from sample import PAGE, Linear, Network, Rows, Sampler, Trace, load_lm, trace_noise  # noqa: E402
 
 OUT = ROOT / "experiments" / "results" / "sampler_bench.csv"
+PARTS = "sampling", "judging", "steps", "ragged"
 COLORS = ("#1b6ca8", "#c8553d", "#7fb2d9", "#e3a899")
 
 
@@ -60,8 +61,8 @@ def generate(model, prompts, n, tokens, temperature, least=0):
     ids, mask = padded(model, [p for p in prompts for _ in range(n)])
     options = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else (
         dict(do_sample=False))
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=least, pad_token_id=0,
-                         **options)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=least,
+                         pad_token_id=0, **options)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     new = out[:, ids.shape[1]:].tolist()
@@ -284,8 +285,8 @@ def ragged(model, deadline=90):
         yield dict(what="ragged rollouts", by=label, rows=rows, tokens=512, useful=useful, wall=wall, cpu="")
 
 
-def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=("sampling", "judging", "steps", "ragged"),
-         dtypes=None, rows=(64, 16), tokens=256, rounds=2, judge_problems=4, out=OUT):
+def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=PARTS, dtypes=None, rows=(64, 16),
+         tokens=256, rounds=2, judge_problems=4, out=OUT):
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else (
         f"{cpu_name()}, {torch.get_num_threads()} threads")
     about = dict(machine=machine, torch=torch.__version__, transformers=transformers.__version__,
@@ -349,8 +350,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", nargs="*", type=int, default=[64, 16])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--judge-problems", type=int, default=4, help="of 8 traces each")
-    parser.add_argument("--what", nargs="*", default=["sampling", "judging", "steps", "ragged"],
-                        help="ragged: on a GPU only")
+    parser.add_argument("--what", nargs="*", choices=PARTS, default=PARTS, help="ragged: on a GPU only")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     main(**vars(parser.parse_args()))

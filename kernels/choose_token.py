@@ -9,7 +9,6 @@ Triton (CUDA): one pass over the logits. token = argmax(logits / T + G), G = -lo
 exponential (the "exponential race"); maximum and sum of exponentials run along for the log-prob. The noise is
 Philox 4x32-10 (Salmon et al. 2011) of (seed, trace, position, entry): a row's token depends on nothing else.
 Few rows are split over the vocabulary, a second kernel takes the best.
-Checked in Triton's interpreter; not yet timed on a GPU.
 
 Left out: top-k, top-p (the sampled distribution would not be the trained one), penalties.
 """
@@ -76,8 +75,8 @@ if triton is not None:
         scale = 1.0 / tl.where(greedy, 1.0, temperature)
         per_split = tl.cdiv(tl.cdiv(V, 4 * BLOCK), SPLITS) * 4 * BLOCK
         start, end = split * per_split, tl.minimum(V, (split + 1) * per_split)
-        # Each lane for itself until the end: a reduction makes the warps wait. Lowest values are finite, since
-        # -inf less -inf would be NaN.
+        # Each lane for itself until the end: a reduction makes the warps wait. The lowest value is finite,
+        # since -inf less -inf would be NaN.
         lowest = tl.full([BLOCK], -3.0e38, tl.float32)
         best, best_z, top, total = lowest, lowest, lowest, tl.zeros([BLOCK], tl.float32)
         best_entry = start + tl.arange(0, BLOCK) * 0
@@ -147,8 +146,8 @@ def triton_choose(logits, temperature, seed, trace, position, splits=None):
 
 
 def benchmark(rows=(1, 16, 64, 256, 1024), V=151936):
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, "
-          f"{V} entries")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+          f"bfloat16, {V} entries")
     for R in rows:
         logits = torch.randn(R, V, device="cuda", dtype=torch.bfloat16)
         trace = torch.arange(2 * R, device="cuda", dtype=torch.int32).view(R, 2)

@@ -5,8 +5,9 @@
                with norms (Qwen3) each head is first divided by its root mean square and scaled.
     swiglu     silu(gate) * up
 
-One by one these are some 15 kernels a layer on a GPU, of 2 microseconds each, and a decode step of few rows
-takes no more than 40 a layer. In float32, rounded once at the end.
+One by one these are some 15 kernels a layer on a GPU. With these two, and with products side by side, a
+decode step took 1.9 ms on an H200 instead of 3.1 (1 row of Qwen2.5-1.5B's shape; 64 rows: 2.7 instead of
+4.3). In float32, rounded once at the end.
 """
 
 import torch
@@ -61,8 +62,8 @@ if triton is not None:
 
     @triton.jit
     def rotate_kernel(
-        qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, eps, keys_ptr, values_ptr, page_ptr, place_ptr,
-        row_stride, P: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr,
+        qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, eps,
+        keys_ptr, values_ptr, page_ptr, place_ptr, row_stride, P: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr,
         HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program per token."""

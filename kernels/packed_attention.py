@@ -15,8 +15,8 @@ as they would stand alone, and keeps one result per packed token.
 
 Measured, one thread of an EPYC (Zen 5, bfloat16 instructions), 8 traces of 128 tokens behind a prompt of 120,
 SmolLM2-135M's heads, ms a layer, forward / with gradient: bf16 4.5 / 14, float32 8.8 / 28; by rows, through
-scaled_dot_product_attention, 16 / 54 and 15 / 50. Scores leave a bfloat16 product rounded; with keys less their
-mean (Qwen2.5's have large biases) Qwen2.5-0.5B's log-probs are no further from float32's than by rows.
+scaled_dot_product_attention, 16 / 54 and 15 / 50. Scores leave a bfloat16 product rounded; with keys less
+their mean (Qwen2.5's have large biases) Qwen2.5-0.5B's log-probs are no further from float32's than by rows.
 
 Left out: packed attention on CUDA without the gathered copies (varlen kernels exist for it).
 """
@@ -110,8 +110,8 @@ def attend_by_span(query, key, value, packed: Packing, scaling=None):
 
 
 class BySpan(torch.autograd.Function):
-    """out_t = softmax(scale q_t K_t^T) V_t, K_t and V_t those of the prompt before t's span and of the span up
-    to t. Gradients by the usual formulas, the weights P computed again:
+    """out_t = softmax(scale q_t K_t^T) V_t, K_t and V_t those of the prompt before t's span and of the span
+    up to t. Gradients by the usual formulas, the weights P computed again:
 
         dV = P^T dO      dS = P * (dO V^T - rowsum(dO * O))      dQ = scale dS K      dK = scale dS^T Q
     """

@@ -29,7 +29,8 @@ def exact(qkv, heads, cos, sin, norms):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T,heads,kv_heads,D,norm,paged", [
-    (5, 6, 2, 64, False, True), (1, 12, 2, 128, False, False), (7, 3, 1, 80, True, True), (4, 4, 4, 16, True, False)])
+    (5, 6, 2, 64, False, True), (1, 12, 2, 128, False, False), (7, 3, 1, 80, True, True),
+    (4, 4, 4, 16, True, False)])
 def test_rotate(version, dtype, T, heads, kv_heads, D, norm, paged):
     generator = torch.Generator().manual_seed(T)
     random = lambda *shape: torch.randn(*shape, generator=generator)
