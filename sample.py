@@ -53,7 +53,9 @@ if _ours is not None:
     sys.modules["kernels"] = _ours
 
 from data import MINIATURE, Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
-from kernels import choose_token, paged_attention, plan_pages, rotate_, swiglu, token_logprob  # noqa: E402
+from kernels import (  # noqa: E402
+    choose_token, paged_attention, plan_pages, plan_prefill, prefill_attention, rotate_, swiglu,
+    token_logprob)
 from kernels.choose_token import triton, triton_choose  # noqa: E402
 from kernels.token_logprob import product_dtype  # noqa: E402
 
@@ -415,8 +417,8 @@ def rms_norm(module, x):
 @dataclass
 class Piece:
     """A run of a sequence for one prefill pass: ids behind `start` tokens that lie in `pages`. The first
-    `keep` are written there. reads: (index in ids, result row). mask (T, start + T): what each sees, if not
-    simply all before it."""
+    `keep` are written there. reads: (index in ids, result row). spans: who sees what (prefill_attention.py);
+    not given: each token all before it."""
 
     ids: list[int]
     positions: list[int] | range
@@ -424,25 +426,18 @@ class Piece:
     keep: int
     pages: list[Page]
     reads: list[tuple[int, int]]
-    mask: torch.Tensor | None = None
+    spans: list[tuple[int, list[int] | range, int]] = ()
 
-    def visible(self) -> torch.Tensor | None:
-        """The mask; None for plain causal."""
-        if self.mask is None and self.start:
-            return all_before(len(self.ids), self.start)
-        return self.mask
-
-
-def all_before(T: int, start: int) -> torch.Tensor:
-    return torch.ones(T, start + T, dtype=torch.bool).tril_(start)
+    def __post_init__(self):
+        self.spans = self.spans or [(self.start, range(len(self.ids)), len(self.ids))]
 
 
 def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) -> list[Piece]:
     """ids[start:] in runs of `chunk`. forks: (cut, suffix, result rows): what follows ids[:cut] + suffix?
     With several rows: what follows each of its last tokens?
 
-    Suffixes ride behind the last run, and beyond `chunk` tokens of them in runs of their own; the mask lets
-    each see ids[:cut] and itself. What one has in common with the one before, at the same cut, it shares."""
+    Suffixes ride behind the last run, and beyond `chunk` tokens of them in runs of their own; each sees
+    ids[:cut] and itself. What one has in common with the one before, at the same cut, it shares."""
     runs = [(a, min(a + chunk, len(ids)), []) for a in range(start, len(ids), chunk)]
     for fork in (fork for fork in forks if fork[1]):
         if sum(len(suffix) for _, suffix, _ in [*runs[-1][2], fork]) > chunk:
@@ -452,20 +447,16 @@ def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) 
     for a, b, tails in runs:
         own, positions = list(ids[a:b]), list(range(a, b))
         reads = [(cut - 1 - a, rows[0]) for cut, suffix, rows in forks if not suffix and a < cut <= b]
-        placed = [(0, [], [])]  # cut, suffix, and where its tokens stand in `own`
+        spans, before, other, where = [(a, range(b - a), b - a)], 0, [], []  # where: other's tokens in `own`
         for cut, suffix, rows in tails:
-            before, other, where = placed[-1]
             shared = len(os.path.commonprefix([other, suffix])) if cut == before else 0
             where = where[:shared] + list(range(len(own), len(own) + len(suffix) - shared))
-            placed.append((cut, suffix, where))
+            spans.append((cut, where, len(suffix) - shared))
+            before, other = cut, suffix
             own += suffix[shared:]
             positions += range(cut + shared, cut + len(suffix))
             reads += zip(where[-len(rows):], rows)
-        mask = all_before(len(own), a) if tails else None
-        for cut, _, where in placed[1:]:
-            mask[where, cut:] = False
-            mask[np.ix_(where, np.add(where, a))] = all_before(len(where), 0)
-        pieces.append(Piece(own, positions, a, b - a, pages, reads, mask))
+        pieces.append(Piece(own, positions, a, b - a, pages, reads, spans))
     return pieces
 
 
@@ -473,44 +464,27 @@ class Prefill:
     """Pieces in one packed sequence (1, sum of T). Keys and values go to their pages first, so that a piece
     may stand behind pages that are filled in the same pass."""
 
-    def __init__(self, cache: Cache, pieces: list[Piece]):
-        self.pool, self.pieces = cache.pool, pieces
-        device, dtype = self.pool.device, self.pool.dtype
+    def __init__(self, cache: Cache, pieces: list[Piece], heads: int):
+        self.pool = cache.pool
         source, page, offset, at = [], [], [], 0
         for p in pieces:
             source += range(at, at + p.keep)
             page += [p.pages[t // PAGE].index for t in range(p.start, p.start + p.keep)]
             offset += [t % PAGE for t in range(p.start, p.start + p.keep)]
             at += len(p.ids)
-        where = torch.tensor([source, page, offset], dtype=torch.long, device=device)
+        where = torch.tensor([source, page, offset], dtype=torch.long, device=self.pool.device)
         self.source, self.page, self.offset = where.unbind()
-        self.context = [torch.tensor([x.index for x in p.pages[: pages_of(p.start)]], device=device)
-                        for p in pieces]
-        # float once, since 0 / -inf is what attention adds; a bool mask would be converted in every layer
-        self.masks = [mask if mask is None else torch.zeros(mask.shape, dtype=dtype, device=device)
-                      .masked_fill_(~mask.to(device), -torch.inf) for mask in (p.visible() for p in pieces)]
+        self.plan = plan_prefill([(p.spans, [page.index for page in p.pages]) for p in pieces],
+                                 heads // self.pool.shape[3], self.pool.dtype, self.pool.device)
 
     def pages(self, layer) -> None:
-        """A piece attends over its own keys, too, and keeps but some."""
+        """Some keys are not kept: written below."""
 
     def attend(self, layer, query, key, value):
         keys, values = self.pool[layer]
         keys[self.page, :, self.offset] = key[self.source]
         values[self.page, :, self.offset] = value[self.source]
-        out, at = query.new_empty(query.shape), 0
-        groups = query.shape[1] // key.shape[1]
-        for piece, context, mask in zip(self.pieces, self.context, self.masks):
-            part = slice(at, at := at + len(piece.ids))
-            q, k, v = (x[part].transpose(0, 1) for x in (query, key, value))  # (H,T,D), (KVH,T,D)
-            if piece.start:
-                k, v = (torch.cat([pages[context].transpose(0, 1).flatten(1, 2)[:, : piece.start], own], 1)
-                        for pages, own in ((keys, k), (values, v)))
-            # kv heads as the batch, a kv head's query heads beside it: no head is repeated
-            k, v = (x[:, None].expand(-1, groups, -1, -1) for x in (k, v))
-            done = F.scaled_dot_product_attention(q.unflatten(0, (-1, groups)), k, v, attn_mask=mask,
-                                                  is_causal=mask is None)
-            out[part] = done.flatten(0, 1).transpose(0, 1)
-        return out
+        return prefill_attention(query, key, value, keys, values, self.plan, query.shape[-1] ** -0.5)
 
 
 class Decode:
@@ -790,7 +764,7 @@ class Sampler:
             some, pieces = pieces[:count], pieces[count:]
             ids = torch.tensor([t for piece in some for t in piece.ids], device=device)
             positions = torch.tensor([t for piece in some for t in piece.positions], device=device)
-            hidden = self.network(ids, positions, Prefill(cache, some))
+            hidden = self.network(ids, positions, Prefill(cache, some, self.network.heads))
             self.tokens += len(ids)
             reads = [(end - len(piece.ids) + index, row) for end, piece in zip(sizes.tolist(), some)
                      for index, row in piece.reads]

@@ -176,9 +176,21 @@ def products(model, rows, rounds=4):
     return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
 
 
+@torch.inference_mode()
+def prefill(model, prompts=64, tokens=300, rounds=4):
+    """(wall, CPU) seconds of the fastest prefill of different prompts."""
+    ids = [[(i * t) % 997 for t in range(tokens)] for i in range(1, prompts + 1)]
+    sampler = Sampler(model)
+    times = [clock(lambda: sampler.next_logits(ids, [0]))[1:] for _ in range(rounds + 1)]
+    return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
+
+
 def steps(model):
-    """What a decode step costs, by rows and by context."""
+    """What a decode step costs, by rows and by context, and on a GPU 64 prompts of 300 tokens."""
     cuda = model.device.type == "cuda"
+    if cuda:
+        wall, cpu = prefill(model)
+        yield dict(what="prefill", by="sample.py", rows=64, tokens=300, useful=64 * 300, wall=wall, cpu=cpu)
     rows, context = ((1, 4, 16, 64, 256, 512, 1024), 1024) if cuda else ((1, 4, 16, 64), 256)
     few, contexts = (64, (256, 4096, 16384)) if cuda else (16, (64, 1024, 4096))
     for r, c in [(r, context) for r in rows] + [(few, c) for c in contexts]:

@@ -32,7 +32,9 @@ for part in "${parts[@]}"; do
   case $part in
     tests) run tests "$python" -m pytest -m gpu -q ;;
     kernels)
-      run token_advantages "$python" kernels/token_advantages.py
+      for kernel in token_advantages paged_attention prefill_attention choose_token; do
+        run $kernel "$python" kernels/$kernel.py
+      done
       run head "$python" experiments/bench_head.py --csv "$out/head_bench.csv" ;;
     sampler) run sampler "$python" experiments/bench_sampler.py --model "$model" --judge "$model" --data "$dev" \
       --out "$out/sampler_bench.csv" ;;

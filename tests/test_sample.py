@@ -23,6 +23,7 @@ import transformers
 import sample
 from data import load_problems
 from kernels.paged_attention import triton_paged_attention
+from kernels.prefill_attention import plan_tiles
 from sample import PAGE, Cache, Sampler, bucket, load_lm, pages_of, resolve_model, trace_noise
 
 
@@ -127,13 +128,18 @@ def test_shared_prefixes_change_nothing():
             assert list(pair[0].token_ids) == generate(net, prompt, 20)
 
 
-def test_forks_read_every_cut_in_one_pass():
+@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=pytest.mark.skipif(
+    sample.triton is None, reason="Triton is not installed"))])
+def test_forks_read_every_cut_in_one_pass(tiles, monkeypatch):
+    """Also as on a GPU, by Triton's kernel."""
+    if tiles:
+        monkeypatch.setattr(sample, "plan_prefill", lambda *args: plan_tiles(*args[:3]))
     net = tiny.model(seed=5)
     prompts = [[i % 250 for i in range(80)] + p for p in random_prompts(6, 60, seed=1)]
     forks = [[(len(p), []), (40, [7, 8, 9]), (len(p), [7]), (40, []), (len(p) - 1, [1] * 40)]
              for p in prompts]
     forks[2] = []
-    for prefill_tokens in (1, 100, 8192):
+    for prefill_tokens in (100,) if tiles else (1, 100, 8192):
         logits = Sampler(net, prefill_tokens=prefill_tokens).next_logits(prompts, [3, 1], forks)
         asked = [p[:cut] + suffix for p, some in zip(prompts, forks) for cut, suffix in some]
         with torch.no_grad():

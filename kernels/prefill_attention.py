@@ -1,0 +1,264 @@
+"""Attention of many new tokens over keys and values in pages and over each other: prefill, the judge's reads.
+
+    out_i = softmax(scaling * q_i K_i^T) V_i
+
+A pass packs pieces (runs of a prompt, with what rides behind them) one after the other, T tokens in all. A
+piece is one or more spans (context, own, count): the span's queries are the last `count` tokens of `own`, row
+numbers in the piece, and each sees the first `context` tokens of the piece's pages and, of `own`, all up to
+itself. A prompt's run is one span; a stem behind a cut of the prompt another, whose context ends at the cut.
+The pages hold what the pass itself adds to them: keys and values are written before.
+
+PyTorch (CPU): a piece is one call of scaled_dot_product_attention over context and piece, with a mask.
+
+Triton (CUDA): a program per tile and kv head; a tile is up to 128 rows, each a token's query head, of one
+span. By a call per piece the host took three times an H200's own time (64 prompts of 300 tokens,
+Qwen2.5-1.5B's shape). Checked in Triton's interpreter; not yet timed on a GPU.
+
+Left out: gradients (packed_attention.py has them), one query a row (paged_attention.py is faster there).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows have no Triton: the PyTorch version serves
+    triton = None
+
+
+def prefill_attention(query, key, value, keys, values, plan, scaling):
+    """query (T,H,D), key, value (T,KVH,D); keys, values (N,KVH,P,D); plan: of plan_prefill -> (T,H,D)."""
+    if isinstance(plan, Tiles):
+        return triton_prefill_attention(query, key, value, keys, values, plan, scaling)
+    return torch_prefill_attention(query, key, value, keys, values, plan, scaling)
+
+
+def plan_prefill(pieces, group: int, dtype, device):
+    """What all layers of a pass share. pieces: of each its spans and its pages' indices in the pool."""
+    if torch.device(device).type == "cuda" and triton is not None:
+        return plan_tiles(pieces, group, dtype).to(device)
+    return plan_masks(pieces, dtype, device)
+
+
+def plan_masks(pieces, dtype, device) -> list[tuple]:
+    """Of each piece its tokens, its first span's context C and those pages, and what is added to its scores
+    (tokens, C + tokens), if that is not simply causal."""
+    plan = []
+    for spans, pages in pieces:
+        start, T, bias = spans[0][0], sum(count for _, _, count in spans), None
+        if start or spans[1:]:
+            mask = torch.zeros(T, start + T, dtype=torch.bool)
+            for context, own, count in spans:
+                rows = list(own[len(own) - count :])
+                mask[rows, :context] = True  # a later span's context may reach into the first
+                causal = torch.ones(count, len(own), dtype=torch.bool).tril(len(own) - count)
+                mask[np.ix_(rows, np.add(own, start))] = causal
+            # float once, since 0 / -inf is what attention adds; a bool mask would be converted in every layer
+            bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf).to(device)
+        plan.append((T, start, torch.tensor(pages, dtype=torch.long, device=device), bias))
+    return plan
+
+
+def torch_prefill_attention(query, key, value, keys, values, plan, scaling):
+    out, at, (group, P) = query.new_empty(query.shape), 0, (query.shape[1] // key.shape[1], keys.shape[2])
+    for T, start, pages, bias in plan:
+        part = slice(at, at := at + T)
+        q, k, v = (x[part].transpose(0, 1) for x in (query, key, value))  # (H,T,D), (KVH,T,D)
+        if start:
+            before = pages[: -(-start // P)]
+            k, v = (torch.cat([pool[before].transpose(0, 1).flatten(1, 2)[:, :start], own], 1)
+                    for pool, own in ((keys, k), (values, v)))
+        # kv heads as the batch, a kv head's query heads beside it: no head is repeated
+        k, v = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))
+        done = F.scaled_dot_product_attention(q.unflatten(0, (-1, group)), k, v, attn_mask=bias,
+                                              is_causal=bias is None, scale=scaling)
+        out[part] = done.flatten(0, 1).transpose(0, 1)
+    return out
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """tiles (n,6): first query, queries, piece, context, where its own keys start in `own`, how many of them
+    the first query sees. own: packed rows. table (pieces, M): pages. All int32."""
+
+    tiles: torch.Tensor
+    own: torch.Tensor
+    table: torch.Tensor
+    rows: int  # of a tile
+    keys: int  # at a time
+
+    def to(self, device):
+        """In one copy."""
+        parts = self.tiles, self.own, self.table
+        moved = torch.cat([x.flatten() for x in parts]).to(device).split([x.numel() for x in parts])
+        return Tiles(*(x.view(part.shape) for x, part in zip(moved, parts)), self.rows, self.keys)
+
+
+def plan_tiles(pieces, group: int, dtype) -> Tiles:
+    rows, keys = (64, 32) if dtype == torch.float32 else (128, 64)  # what shared memory holds
+    assert group <= rows, f"{group} query heads on a kv head"
+    tiles, own_rows, at = [], [], 0
+    for piece, (spans, _) in enumerate(pieces):
+        first = at
+        for context, own, count in spans:
+            for done in range(0, count, rows // group):
+                tiles.append((at + done, min(rows // group, count - done), piece, context, len(own_rows),
+                              len(own) - count + done + 1))
+            own_rows += [first + row for row in own]
+            at += count
+    tiles.sort(key=lambda tile: -tile[3] - tile[5])  # the longest first, so that none is left over at the end
+    table = np.zeros((len(pieces), max(1, *(len(pages) for _, pages in pieces), 1)), np.int32)
+    for line, (_, pages) in zip(table, pieces):
+        line[: len(pages)] = pages
+    return Tiles(*(torch.from_numpy(np.asarray(x, np.int32)) for x in (tiles, own_rows, table)), rows, keys)
+
+
+if triton is not None:
+
+    @triton.jit
+    def fold(q, k, v, seen, scale, top, total, acc):
+        """One block of keys into the running maximum (of scores times log2 e), sum and weighted sum."""
+        scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        return new_top, total, acc
+
+    @triton.jit
+    def prefill_attention_kernel(
+        query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, tile_ptr, own_ptr, table_ptr, out_ptr, scale,
+        query_stride, key_stride, width, H, P: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
+        ROWS: tl.constexpr, KEYS: tl.constexpr, D_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        tile_ptr += tl.program_id(0) * 6
+        kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
+        first, count, piece = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+        context, own_first, own_seen = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5)
+        row, d, block = tl.arange(0, ROWS), tl.arange(0, D_BLOCK), tl.arange(0, KEYS)
+        token, head = row // GROUP, kv_head * GROUP + row % GROUP
+        at = (first + token).to(tl.int64)
+        own = (token < count)[:, None] & (d[None, :] < D)
+        query_at = (at * query_stride + head * D)[:, None] + d[None, :]
+        q = tl.load(query_ptr + query_at, mask=own, other=0.0)
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        total, acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D_BLOCK], tl.float32)
+        for start in range(0, context, KEYS):
+            t = start + block
+            live = t < context
+            page = tl.load(table_ptr + piece * width + t // P, mask=live, other=0).to(tl.int64)
+            where = (((page * kv_heads + kv_head) * P + t % P) * D)[:, None] + d[None, :]
+            mask = live[:, None] & (d[None, :] < D)  # what lies beyond, NaN perhaps, is never read
+            k = tl.load(keys_ptr + where, mask=mask, other=0.0)
+            v = tl.load(values_ptr + where, mask=mask, other=0.0)
+            top, total, acc = fold(q, k, v, live[None, :], scale, top, total, acc)
+        end = own_seen + count - 1  # of the keys that the last query sees
+        for start in range(0, end, KEYS):
+            t = start + block
+            line = tl.load(own_ptr + own_first + t, mask=t < end, other=0).to(tl.int64)
+            where = (line * key_stride + kv_head * D)[:, None] + d[None, :]
+            mask = (t < end)[:, None] & (d[None, :] < D)
+            k = tl.load(key_ptr + where, mask=mask, other=0.0)
+            v = tl.load(value_ptr + where, mask=mask, other=0.0)
+            top, total, acc = fold(q, k, v, t[None, :] < own_seen + token[:, None], scale, top, total, acc)
+        tl.store(out_ptr + (at * H + head)[:, None] * D + d[None, :], acc / total[:, None], mask=own)
+
+
+def triton_prefill_attention(query, key, value, keys, values, plan, scaling):
+    (T, H, D), KVH, P = query.shape, key.shape[1], keys.shape[2]
+    assert query.stride()[1:] == key.stride()[1:] == (D, 1) and key.stride() == value.stride()
+    assert keys.is_contiguous() and values.is_contiguous()
+    out = torch.empty(T, H, D, dtype=query.dtype, device=query.device)
+    with torch.cuda.device_of(query):  # Triton launches on the current device, which may be another
+        prefill_attention_kernel[(len(plan.tiles), KVH)](
+            query, key, value, keys, values, plan.tiles, plan.own, plan.table, out,
+            scaling * math.log2(math.e), query.stride(0), key.stride(0), plan.table.shape[1], H, P=P, D=D,
+            GROUP=H // KVH, ROWS=plan.rows, KEYS=plan.keys, D_BLOCK=max(16, triton.next_power_of_2(D)),
+            num_warps=plan.rows // 16, num_stages=2)
+    return out
+
+
+# ---- check -------------------------------------------------------------------------------------------------
+
+
+def plain_prefill_attention(query, key, value, keys, values, pieces, scaling):
+    """Query by query in float64: the reference of the tests."""
+    out, at, group = torch.zeros(query.shape, dtype=torch.float64), 0, query.shape[1] // key.shape[1]
+    for spans, pages in pieces:
+        first = at
+        for context, own, count in spans:
+            own = first + torch.tensor(list(own))
+            for i in range(count):
+                seen = own[: len(own) - count + i + 1]
+                k, v = (torch.cat([pool[pages].transpose(0, 1).flatten(1, 2)[:, :context].transpose(0, 1),
+                                   packed[seen]]).double().repeat_interleave(group, 1)  # (keys,H,D)
+                        for pool, packed in ((keys, key), (values, value)))
+                weights = (torch.einsum("hd,thd->ht", query[at].double(), k) * scaling).softmax(-1)
+                out[at] = torch.einsum("ht,thd->hd", weights, v)
+                at += 1
+    return out
+
+
+def random_case(pieces, H=4, KVH=2, D=64, P=32, seed=0, dtype=torch.float32, unused=torch.nan):
+    """pieces: spans of each. Pages in random order; `unused` fills what no context reaches."""
+    generator = torch.Generator().manual_seed(seed)
+    contexts = [max(context for context, _, _ in spans) for spans in pieces]
+    T, N = sum(count for spans in pieces for _, _, count in spans), sum(-(-c // P) for c in contexts) + 1
+    qkv = torch.randn(T, H + 2 * KVH, D, generator=generator).to(dtype)  # one tensor, as in the network
+    query, key, value = qkv.split([H, KVH, KVH], 1)
+    pool, order = torch.full((2, N, KVH, P, D), unused, dtype=dtype), torch.randperm(N, generator=generator)
+    taken, at, out = 0, 0, []
+    for spans, context in zip(pieces, contexts):
+        start, own = spans[0][0], slice(at, at + context - spans[0][0])
+        pages = order[taken : (taken := taken + -(-context // P))].tolist()
+        t, before = torch.arange(context), torch.randn(start, 2, KVH, D, generator=generator).to(dtype)
+        page = torch.tensor(pages, dtype=torch.long)[t // P]
+        pool[:, page, :, t % P] = torch.cat([before, torch.stack([key[own], value[own]], 1)])
+        at += sum(count for _, _, count in spans)
+        out.append((spans, pages))
+    return query, key, value, *pool, out
+
+
+SPANS = [  # a prompt from its start; one behind 40 tokens; a run with two stems that start alike
+    [(0, range(70), 70)], [(40, range(33), 33)], [(1, range(1), 1)],
+    [(64, range(30), 30), (80, [30, 31, 32, 33], 4), (80, [30, 31, 34, 35, 36], 3), (94, [37], 1)],
+]
+
+
+def check(device):
+    case = random_case(SPANS, H=6, KVH=2, unused=0.0)
+    query, key, value, keys, values = (x.to(device) for x in case[:5])
+    plan = plan_prefill(case[5], 3, query.dtype, device)
+    got = prefill_attention(query, key, value, keys, values, plan, 0.125).cpu().double()
+    torch.testing.assert_close(got, plain_prefill_attention(*case, 0.125), rtol=1e-5, atol=1e-5)
+
+
+def benchmark(H=12, KVH=2, D=128):
+    """Qwen2.5-1.5B's heads, 8,192 tokens: microseconds a layer, and TFLOP/s."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16")
+    stems = [(2048, range(1024 + 16 * i, 1040 + 16 * i), 16) for i in range(64)]
+    for label, pieces in (("28 prompts of 292 tokens", [[(0, range(292), 292)]] * 28),
+                          ("4 runs of 2,048 behind 2,048", [[(2048, range(2048), 2048)]] * 4),
+                          ("4 runs of 1,024 with 64 stems of 16", [[(1024, range(1024), 1024), *stems]] * 4)):
+        case = random_case(pieces, H, KVH, D, dtype=torch.bfloat16, unused=0.0)
+        query, key, value, keys, values = (x.cuda() for x in case[:5])
+        plan = plan_prefill(case[5], H // KVH, query.dtype, "cuda")
+        run = lambda: prefill_attention(query, key, value, keys, values, plan, D**-0.5)  # noqa: B023
+        ms = triton.testing.do_bench_cudagraph(run)
+        pairs = sum(count * (context + len(own) - count / 2)
+                    for spans in pieces for context, own, count in spans)
+        print(f"{label:40} {1000 * ms:8.1f} us {4e-9 * pairs * H * D / ms:6.0f} TFLOP/s")
+
+
+if __name__ == "__main__":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(device)
+    print("prefill_attention agrees with float64")
+    if device == "cuda":
+        benchmark()
