@@ -72,7 +72,7 @@ SYSTEM_PROMPT = (
 FAMILIES = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama-": "meta-llama", "meta-llama-": "meta-llama"}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # full attention in every layer, plain linear head
 PAGE = 32  # tokens. On a CPU 32 to 128 cost the same, 16 a third more; small pages waste less and share more
-TOKEN, LENGTH, TRACE, POSITION, FIRST_PAGE = range(5)  # columns of a step's input; then the row's pages
+TOKEN, LENGTH, TRACE, POSITION, PLACE, FIRST_PAGE = range(6)  # columns of a step's input; then a row's pages
 
 
 @dataclass(frozen=True)
@@ -518,15 +518,9 @@ class Trace:
     prompt: list[int]
     place: int  # in the results
     number: int  # what its noise is made of, beside the seed
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    count: int = 0  # of tokens drawn, known while it is in no row
     finished: bool = False  # by an end token
     pages: list[Page] = field(default_factory=list)  # while it is in a row
-    noise: np.ndarray | None = None  # (max_new_tokens,)
-
-    def append(self, token: int, logprob: float) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(min(logprob, 0.0))
 
 
 @dataclass
@@ -539,23 +533,34 @@ class Work:
 
 
 class Rows:
-    """The traces being decoded, in the order of their admission, and how their tokens are drawn."""
+    """The traces being decoded, in the order of their admission; how their tokens are drawn; and, by place, all
+    that was drawn: arrays, since a loop over 1,024 rows in Python would keep a GPU waiting at every step."""
 
-    def __init__(self, most: int, width: int, max_new_tokens: int, temperature: float, seed: int, ends):
+    def __init__(self, most: int, width: int, places: int, max_new_tokens: int, temperature: float, seed: int,
+                 ends):
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.ends = np.array(ends, np.int32)
         self.traces: list[Trace] = []
         self.buffer = np.zeros((most, FIRST_PAGE + width), np.int32)
+        self.tokens = np.empty((places, max_new_tokens), np.int32)  # memory is used as it is written
+        self.logprobs, self.noise = np.empty((2, places, max_new_tokens), np.float32)
 
     @property
     def state(self) -> np.ndarray:
         """(R, FIRST_PAGE + pages) int32: all that a step on the device is told."""
         return self.buffer[: len(self.traces)]
 
+    def drawn(self, trace: Trace) -> list[int]:
+        return self.tokens[trace.place, : trace.count].tolist()
+
+    def rollout(self, trace: Trace) -> Rollout:
+        return Rollout(tuple(trace.prompt), tuple(self.drawn(trace)),
+                       tuple(self.logprobs[trace.place, : trace.count].tolist()), trace.finished)
+
     def add(self, trace: Trace) -> None:
         self.traces.append(trace)
-        ids = trace.prompt + trace.tokens
-        self.state[-1, :FIRST_PAGE] = ids[-1], len(ids) - 1, trace.number, len(trace.tokens)
+        ids = trace.prompt + self.drawn(trace)
+        self.state[-1, :FIRST_PAGE] = ids[-1], len(ids) - 1, trace.number, trace.count, trace.place
         self.address(len(self.traces) - 1)
 
     def address(self, row: int) -> None:
@@ -563,7 +568,14 @@ class Rows:
         pages = self.traces[row].pages
         self.state[row, FIRST_PAGE : FIRST_PAGE + len(pages)] = [page.index for page in pages]
 
+    def append(self, token: np.ndarray, logprob: np.ndarray) -> None:
+        place, position = self.state[:, PLACE], self.state[:, POSITION]
+        self.tokens[place, position], self.logprobs[place, position] = token, np.minimum(logprob, 0)
+        self.state[:, TOKEN] = token
+        self.state[:, [LENGTH, POSITION]] += 1
+
     def remove(self, row: int) -> Trace:
+        self.traces[row].count = int(self.state[row, POSITION])
         self.buffer[row : len(self.traces) - 1] = self.buffer[row + 1 : len(self.traces)]
         return self.traces.pop(row)
 
@@ -600,7 +612,7 @@ class Sampler:
         end_ids: list[int] | None = None,  # default: the end tokens of the model's generation config
         progress=None,  # called with the number of traces that ended, as they end
         places: list[int] | None = None,  # of these prompts in a larger batch: their noise is as in that one
-        at_end=None,  # called with (cache, traces that ended) while their pages are still there
+        at_end=None,  # called with (cache, rows, traces that ended) while their pages are still there
     ) -> list[Rollout]:
         """n traces for each prompt, prompt-major: the traces of prompt i are [i*n : (i+1)*n].
 
@@ -613,15 +625,16 @@ class Sampler:
             return []
         ends = end_tokens(self.model) if end_ids is None else end_ids
         longest = pages_of(max(map(len, prompts)) + max_new_tokens)
-        rows = Rows(min(self.max_rows, n * len(prompts)), longest, max_new_tokens, temperature, seed, ends)
+        results: list[Rollout | None] = [None] * (n * len(prompts))
+        rows = Rows(min(self.max_rows, len(results)), longest, len(results), max_new_tokens, temperature,
+                    seed, ends)
         waiting = deque(
             Work(deque(Trace(prompt, i * n + j, place * n + j) for j in range(n)))
             for i, (place, prompt) in enumerate(zip(places or range(len(prompts)), map(list, prompts))))
-        results: list[Rollout | None] = [None] * (n * len(prompts))
 
         def hand_over(traces):
-            for t in traces:
-                results[t.place] = Rollout(tuple(t.prompt), tuple(t.tokens), tuple(t.logprobs), t.finished)
+            for trace in traces:
+                results[trace.place] = rows.rollout(trace)
             if progress and traces:
                 progress(len(traces))
 
@@ -637,6 +650,8 @@ class Sampler:
             return results
         wanted = (len(rows.buffer) + 2) * longest + self.prefill_tokens // PAGE
         with self.open(wanted, longest) as cache:
+            if self.replay:
+                rows.buffer = self.replay.host.numpy()[: len(rows.buffer)]
             while waiting or rows.traces:
                 self.admit(cache, rows, waiting)
                 self.grow(cache, rows, waiting)
@@ -651,7 +666,7 @@ class Sampler:
         while waiting and len(rows.traces) < len(rows.buffer):
             work = waiting[0]
             trace, spare = work.traces[0], len(rows.traces) // 2  # pages that the rows will soon ask for
-            ids = (trace.prompt + trace.tokens)[:-1]  # the first step feeds the last token and draws the next
+            ids = (trace.prompt + rows.drawn(trace))[:-1]  # the first step feeds the last, draws the next
             if not work.pages:
                 placed = cache.place(ids, len(ids), spare + bool(rows.traces))
                 if placed is None:
@@ -670,8 +685,8 @@ class Sampler:
                 targets += [page.index for page in tail]
                 trace.pages = cache.share(work.pages[:whole]) + tail
             work.traces.popleft()
-            if trace.noise is None:
-                trace.noise = trace_noise(rows.seed, trace.number, rows.max_new_tokens)
+            if not trace.count and not self.replay:
+                rows.noise[trace.place] = trace_noise(rows.seed, trace.number, rows.max_new_tokens)
             rows.add(trace)
         self.prefill(cache, pieces)
         cache.copy(sources, targets)
@@ -702,16 +717,13 @@ class Sampler:
         """Feed each row's last token and draw the next."""
         self.tokens += len(rows.traces)
         if self.replay:
-            token, logprob = self.replay(rows.state, rows.temperature, rows.seed)
+            token, logprob = self.replay(rows)
         else:
-            noise = np.array([trace.noise[len(trace.tokens)] for trace in rows.traces], np.float32)
+            noise = rows.noise[rows.state[:, PLACE], rows.state[:, POSITION]]
             noise, state = (torch.from_numpy(x).to(self.model.device) for x in (noise, rows.state))
             drawn = choose_token(self.decode(cache, state), rows.temperature, noise)
             token, logprob = (x.cpu().numpy() for x in drawn)
-        for trace, t, logp in zip(rows.traces, token.tolist(), logprob.tolist()):
-            trace.append(t, logp)
-        rows.state[:, TOKEN] = token
-        rows.state[:, [LENGTH, POSITION]] += 1
+        rows.append(token, logprob)
 
     def decode(self, cache: Cache, state: torch.Tensor) -> torch.Tensor:
         """state (R, FIRST_PAGE + pages) on the device -> logits (R,V)."""
@@ -726,7 +738,7 @@ class Sampler:
         for trace, row in zip(traces, reversed(done)):
             trace.finished = bool(finished[row])
         if at_end and traces:
-            at_end(cache, traces)
+            at_end(cache, rows, traces)
         for trace in traces:
             cache.drop(trace.pages)
         if traces and not self.replay and cache.holes() > 16:
@@ -749,8 +761,9 @@ class Sampler:
             token, logprob = choose_token(out.logits[:, -1], rows.temperature, noise[:, position])
             for trace, t, logp in zip(traces, token.tolist(), logprob.tolist()):
                 if not trace.finished:
-                    trace.append(t, logp)
-                    trace.finished = t in rows.ends
+                    rows.tokens[trace.place, position] = t
+                    rows.logprobs[trace.place, position] = min(logp, 0.0)
+                    trace.count, trace.finished = position + 1, t in rows.ends
             if all(trace.finished for trace in traces):
                 break
             ids = token[:, None]
@@ -785,11 +798,11 @@ class Sampler:
         out = torch.zeros(len(prompts), len(token_ids))
         store = self.into(out, token_ids)
 
-        def read(cache, traces):
+        def read(cache, rows, traces):
             pieces = []
             for trace in traces:  # its last token was drawn, but not fed
-                ids = trace.tokens[len(trace.tokens) - (not trace.finished) :] + list(stem)
-                start = len(trace.prompt) + len(trace.tokens) - 1
+                ids = rows.drawn(trace)[trace.count - (not trace.finished) :] + list(stem)
+                start = len(trace.prompt) + trace.count - 1
                 pieces.append(Piece(ids, range(start, start + len(ids)), start, 0, trace.pages,
                                     reads=[(len(ids) - 1, trace.place)]))
             self.prefill(cache, pieces, store)
@@ -946,7 +959,7 @@ class Sampler:
 
 class Graphs:
     """A decode step on CUDA, captured once per bucket of rows and replayed: one small copy to the device (the
-    rows' state), one launch, one small copy back (token and log-prob)."""
+    rows' state, which Rows writes into `host` at once), one launch, one small copy back (token and log-prob)."""
 
     def __init__(self, sampler: Sampler, cache: Cache, rows: int, width: int, addresses: list[int]):
         device = sampler.model.device
@@ -956,20 +969,21 @@ class Graphs:
         self.stream = torch.cuda.Stream(device)  # torch.cuda.graph's own lies on the device of its first use
         self.host = torch.zeros(bucket(rows), FIRST_PAGE + width, dtype=torch.int32, pin_memory=True)
         self.state = self.host.to(device)
-        self.temperature = torch.ones(1, device=device)
+        self.temperature, self.knobs = torch.ones(1, device=device), None
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
 
     def outdated(self, addresses, width) -> bool:
         """The weights moved, or a trace may need more pages than a row of the state holds."""
         return addresses != self.addresses or width > self.state.shape[1] - FIRST_PAGE
 
-    def __call__(self, state: np.ndarray, temperature: float, seed: int):
-        count, size = len(state), bucket(len(state))
-        self.host[:size] = 0  # padding rows: one token, written to page 0, which no trace owns
-        self.host[:count, : state.shape[1]] = torch.from_numpy(state)
+    def __call__(self, rows: Rows):
+        count, size = len(rows.traces), bucket(len(rows.traces))
+        self.host[count:size] = 0  # padding rows: one token, written to page 0, which no trace owns
         self.state[:size].copy_(self.host[:size], non_blocking=True)
-        self.temperature.fill_(temperature)
-        self.seed.fill_(seed % 2**63)
+        if self.knobs != (rows.temperature, rows.seed):
+            self.knobs = rows.temperature, rows.seed
+            self.temperature.fill_(rows.temperature)
+            self.seed.fill_(rows.seed % 2**63)
         if size not in self.graphs:
             self.capture(size)
         graph, drawn = self.graphs[size]

@@ -152,11 +152,13 @@ def judging(policy, lm, problems, rounds, tokens):
 def decode_step(model, rows, context, rounds=4):
     """(wall, CPU) seconds of the fastest step: `rows` rows with `context` tokens each, no page shared."""
     width = context // PAGE + 1
-    sampler, live = Sampler(model, rows, cache_gb=64), Rows(rows, width, rounds + 1, 1.0, 0, [])
+    sampler, live = Sampler(model, rows, cache_gb=64), Rows(rows, width, rows, rounds + 1, 1.0, 0, [])
     with sampler.open(rows * width + 2, width) as cache:
+        if sampler.replay:
+            live.buffer = sampler.replay.host.numpy()
         for r in range(rows):
-            live.add(Trace([0] * (context + 1), r, r, pages=cache.take(width),
-                           noise=trace_noise(0, r, rounds + 1)))
+            live.noise[r] = trace_noise(0, r, rounds + 1)
+            live.add(Trace([0] * (context + 1), r, r, pages=cache.take(width)))
         cache.pool.fill_(0.01)  # memory that was never written would all be read from one place
         times = [clock(lambda: sampler.step(cache, live))[1:] for _ in range(rounds + 1)]
         for trace in live.traces:
