@@ -533,8 +533,8 @@ class Work:
 
 
 class Rows:
-    """The traces being decoded, in the order of their admission; how their tokens are drawn; and, by place, all
-    that was drawn: arrays, since a loop over 1,024 rows in Python would keep a GPU waiting at every step."""
+    """The traces being decoded, in the order of their admission; how their tokens are drawn; and, by place,
+    all that was drawn: arrays, since a loop over 1,024 rows would keep a GPU waiting at every step."""
 
     def __init__(self, most: int, width: int, places: int, max_new_tokens: int, temperature: float, seed: int,
                  ends):
@@ -959,7 +959,7 @@ class Sampler:
 
 class Graphs:
     """A decode step on CUDA, captured once per bucket of rows and replayed: one small copy to the device (the
-    rows' state, which Rows writes into `host` at once), one launch, one small copy back (token and log-prob)."""
+    rows' state, which Rows writes into `host`), one launch, one small copy back (token and log-prob)."""
 
     def __init__(self, sampler: Sampler, cache: Cache, rows: int, width: int, addresses: list[int]):
         device = sampler.model.device

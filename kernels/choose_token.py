@@ -5,10 +5,11 @@
 PyTorch (CPU): the inverse of the cumulative distribution at one uniform number per row. Drawing a number per
 entry costs more than all of this; sums of blocks of 256 entries are accumulated, then the entries of one.
 
-Triton (CUDA): one pass over the logits. token = argmax(logits / T + G), G = -log E Gumbel noise, E
-exponential (the "exponential race"); maximum and sum of exponentials run along for the log-prob. The noise is
-Philox 4x32-10 (Salmon et al. 2011) of (seed, trace, position, entry): a row's token depends on nothing else.
-Few rows are split over the vocabulary, a second kernel takes the best.
+Triton (CUDA): one pass over the logits. token = argmax p / E, p = exp(logits / T), E exponential noise (the
+"exponential race": Gumbel-max with a logarithm less); maximum and sum of exponentials run along for the
+log-prob. The noise is Philox 4x32-7 (Salmon et al. 2011: the fewest rounds that pass all of their tests) of
+(seed, trace, position, entry): a row's token depends on nothing else. Few rows are split over the vocabulary,
+a second kernel takes the best.
 
 Left out: top-k, top-p (the sampled distribution would not be the trained one), penalties.
 """
@@ -78,27 +79,34 @@ if triton is not None:
         # Each lane for itself until the end: a reduction makes the warps wait. The lowest value is finite,
         # since -inf less -inf would be NaN.
         lowest = tl.full([BLOCK], -3.0e38, tl.float32)
-        best, best_z, top, total = lowest, lowest, lowest, tl.zeros([BLOCK], tl.float32)
+        zero = tl.zeros([BLOCK], tl.float32)
+        best_z, top, total, best_p, best_e = lowest, lowest, zero, zero, zero + 1.0
         best_entry = start + tl.arange(0, BLOCK) * 0
         for block in range(start, end, 4 * BLOCK):
             quad = block // 4 + tl.arange(0, BLOCK)  # one Philox call serves four entries
             n0, n1, n2, n3 = tl.philox(seed, quad.to(tl.uint32), position.to(tl.uint32) + tl.zeros_like(quad),
-                                       trace.to(tl.uint32) + tl.zeros_like(quad), tl.zeros_like(quad))
+                                       trace.to(tl.uint32) + tl.zeros_like(quad), tl.zeros_like(quad),
+                                       n_rounds=7)
+            at, entry = logits_ptr + row * V + quad * 4, quad * 4
+            z0 = tl.load(at, mask=entry < end, other=-float("inf")).to(tl.float32) * scale
+            z1 = tl.load(at + 1, mask=entry + 1 < end, other=-float("inf")).to(tl.float32) * scale
+            z2 = tl.load(at + 2, mask=entry + 2 < end, other=-float("inf")).to(tl.float32) * scale
+            z3 = tl.load(at + 3, mask=entry + 3 < end, other=-float("inf")).to(tl.float32) * scale
+            new_top = tl.maximum(tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)), top)
+            shrink = tl.exp(top - new_top)
+            top, total, best_p = new_top, total * shrink, best_p * shrink
             for i in tl.static_range(4):
                 noise = n0 if i == 0 else n1 if i == 1 else n2 if i == 2 else n3
-                entry = quad * 4 + i
-                z = tl.load(logits_ptr + row * V + entry, mask=entry < end, other=-float("inf"))
-                z = z.to(tl.float32) * scale
+                z = z0 if i == 0 else z1 if i == 1 else z2 if i == 2 else z3
+                p = tl.exp(z - top)
+                total += p
                 # E = -log(1 - u): small E decides, so it is taken from u's full 32 bits, by its series near 0
                 u = (noise.to(tl.float32) + 0.5) * 2.3283064365386963e-10
                 e = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(tl.maximum(1.0 - u, 1e-30)))
-                noisy = tl.where(greedy, z, z - tl.log(e))
-                better = noisy > best  # of equal ones the first
-                best_entry, best_z = tl.where(better, entry, best_entry), tl.where(better, z, best_z)
-                best = tl.where(better, noisy, best)
-                new_top = tl.maximum(top, z)
-                total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
-                top = new_top
+                better = tl.where(greedy, z > best_z, p * best_e > best_p * e)  # of equal ones the first
+                best_entry, best_z = tl.where(better, entry + i, best_entry), tl.where(better, z, best_z)
+                best_p, best_e = tl.where(better, p, best_p), tl.where(better, e, best_e)
+        best = tl.where(greedy, best_z, best_z - tl.log(best_e))
         highest = tl.max(best, 0)
         chosen = tl.min(tl.where(best == highest, best_entry, 2147483647), 0)
         all_top, at = tl.max(top, 0), row * SPLITS + split
