@@ -93,10 +93,7 @@ class Tiles:
     keys: int  # at a time
 
     def to(self, device):
-        """In one copy."""
-        parts = self.tiles, self.own, self.table
-        moved = torch.cat([x.flatten() for x in parts]).to(device).split([x.numel() for x in parts])
-        return Tiles(*(x.view(part.shape) for x, part in zip(moved, parts)), self.rows, self.keys)
+        return Tiles(*(x.to(device) for x in (self.tiles, self.own, self.table)), self.rows, self.keys)
 
 
 def plan_tiles(pieces, group: int, dtype) -> Tiles:
@@ -112,7 +109,8 @@ def plan_tiles(pieces, group: int, dtype) -> Tiles:
             own_rows += [first + row for row in own]
             at += count
     tiles.sort(key=lambda tile: -tile[3] - tile[5])  # the longest first, so that none is left over at the end
-    table = np.zeros((len(pieces), max(1, *(len(pages) for _, pages in pieces), 1)), np.int32)
+    width = max(len(pages) for _, pages in pieces) // 16 * 16 + 16  # Triton compiles anew for other divisors
+    table = np.zeros((len(pieces), width), np.int32)
     for line, (_, pages) in zip(table, pieces):
         line[: len(pages)] = pages
     return Tiles(*(torch.from_numpy(np.asarray(x, np.int32)) for x in (tiles, own_rows, table)), rows, keys)
