@@ -836,7 +836,8 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                 {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
     with together():
         if rank() == 0:
-            (tmp / "sha256.json").write_text(json.dumps({p.name: sha256(p) for p in sorted(tmp.iterdir())}))
+            files = [path for path in sorted(tmp.rglob("*")) if path.is_file()]  # a tokenizer may have folders
+            (tmp / "sha256.json").write_text(json.dumps({str(p.relative_to(tmp)): sha256(p) for p in files}))
             publish(tmp, target)
             for old in complete_checkpoints(run)[: -settings.keep]:
                 shutil.rmtree(old)

@@ -99,6 +99,19 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_pat
     assert resume(run).step == 2 and "cannot use" in capsys.readouterr().err
 
 
+def test_a_tokenizer_with_a_folder_of_templates_is_saved_and_watched(world, tmp_path, capsys):
+    policy = shutil.copytree(world[0] / "policy", tmp_path / "policy")
+    (policy / "additional_chat_templates").mkdir()
+    (policy / "additional_chat_templates" / "tools.jinja").write_text(tiny.TEMPLATE)
+    run = tmp_path / "run"
+    tiny.inside("--model", policy, "--data", world[0] / "train.jsonl", "--method", "sft", "--steps", 1,
+                "--questions", 2, "--out", run, "--device", "cpu")
+    saved = run / "checkpoints/step_1"
+    assert exprl.intact(saved)
+    (saved / "additional_chat_templates" / "tools.jinja").write_text("")
+    assert not exprl.intact(saved) and "tools.jinja" in capsys.readouterr().err
+
+
 def test_a_line_torn_within_a_letter_is_left_out(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes('{"step": 1, "text": "ü\u2028"}\n{"step": 2, "text": "ü'.encode()[:-1])
