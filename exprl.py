@@ -1408,6 +1408,9 @@ def start_run(settings: Settings) -> tuple[Path, State]:
 def resume_run(run: Path, settings: Settings) -> State:
     """The state of the newest checkpoint that is as it was written."""
     saved = complete_checkpoints(run)
+    if saved and int(saved[-1].name[5:]) > settings.steps:
+        raise SystemExit(f"{run} has already reached {saved[-1].name}, and --steps is {settings.steps}: "
+                         "ask for more, or start a new run from one of its checkpoints: --model CHECKPOINT")
     # one process reads them, for all
     checkpoint = next((c for c in reversed(saved) if gather(rank() == 0 and intact(c))[0]), None)
     if saved and not checkpoint:
@@ -1425,7 +1428,7 @@ def resume_run(run: Path, settings: Settings) -> State:
     if fingerprint(state.train) != json.loads((run / "config.json").read_text())["train_fingerprint"]:
         raise SystemExit(f"the training data is not the one {run} was started with: "
                          "restore it, or start a new run")
-    print(f"resuming {run} after step {state.step}")
+    print(f"resuming {run} after step {state.step} of {settings.steps}")
     return state
 
 

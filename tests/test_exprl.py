@@ -425,6 +425,8 @@ def test_resume_refuses_another_run(world, whole, tmp_path):
         assert done.returncode and word in done.stderr
     done = tiny.inside("--resume", tmp_path, check=False)
     assert done.returncode and "config.json" in done.stderr
+    done = tiny.inside("--resume", whole[0], "--steps", 5, check=False)  # it would not have stopped at all
+    assert done.returncode and "already reached step_6, and --steps is 5" in done.stderr
     finished = tiny.inside("--resume", whole[0])  # nothing left to do: the table again
     assert "before" in finished.stdout
 
