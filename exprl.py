@@ -28,6 +28,7 @@ Left out: asynchronous sampling, tensor parallelism, LoRA, value models, tools a
 import argparse
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -132,7 +133,7 @@ class Settings:
     keep: int = 2  # checkpoints to keep
     show_every: int = 10  # print a sampled trace with its grade every so many steps; 0 = never
     log: str = "files"  # files (.jsonl), or tensorboard: its event files too, for `tensorboard --logdir runs`
-    out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>
+    out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>-<process>
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes the GPU of its number
     judge_device: str = ""  # of the judge: a device, or +4 for the GPU four after this process's own
     dtype: str = "auto"  # of sampling and forward passes: auto, float32, bfloat16; master weights are float32
@@ -713,6 +714,7 @@ class State:
     entered: float = 0.0  # when it began, see enter()
     interrupts: "Interrupts" = field(default_factory=lambda: Interrupts())
     board: object = None  # --log tensorboard: its SummaryWriter
+    lock: object = None  # an open file, see lock()
 
     def amp(self):
         """Forward passes run in the sampling dtype over float32 masters; FSDP gathers them in it."""
@@ -836,7 +838,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                 {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
     with together():
         if rank() == 0:
-            files = [path for path in sorted(tmp.rglob("*")) if path.is_file()]  # a tokenizer may have folders
+            files = [p for p in sorted(tmp.rglob("*")) if p.is_file()]  # some tokenizers bring folders
             (tmp / "sha256.json").write_text(json.dumps({str(p.relative_to(tmp)): sha256(p) for p in files}))
             publish(tmp, target)
             for old in complete_checkpoints(run)[: -settings.keep]:
@@ -1391,22 +1393,47 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
 
 def start_run(settings: Settings) -> tuple[Path, State]:
     """Build everything that can fail first, then the run's folder: a bad start leaves no folder behind."""
-    name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}"
+    # with the process's number: a loop over seeds starts several runs in the same second
+    name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
     run = Path(gather(settings.out or Path("runs") / name)[0])  # the clocks of processes differ
     with together():
         found = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not found.is_dir() or not os.access(found, os.W_OK):
             raise SystemExit(f"{run} cannot be written: {found} is no folder to write in; choose another "
                              "--out")
-        if rank() == 0 and run.exists() and any(run.iterdir()):
-            raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
+        refuse_used(run)
     state = build_state(settings)
-    run.mkdir(parents=True, exist_ok=True)
+    with together():
+        run.mkdir(parents=True, exist_ok=True)
+        refuse_used(run)  # by now another may have begun in it
+        state.lock = lock(run)
     return run, state
+
+
+def refuse_used(run: Path) -> None:
+    if rank() == 0 and run.exists() and any(run.iterdir()):
+        raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
+
+
+def lock(run: Path):
+    """Two programs must not write one run. Held while the file returned is open: a kill ends it, too."""
+    if rank():
+        return None
+    file = open(run / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{run} is being trained by another program: wait for its end, or start a run of "
+                         "your own, with another --out") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return file
 
 
 def resume_run(run: Path, settings: Settings) -> State:
     """The state of the newest checkpoint that is as it was written."""
+    with together():
+        held = lock(run)
     saved = complete_checkpoints(run)
     if saved and int(saved[-1].name[5:]) > settings.steps:
         raise SystemExit(f"{run} has already reached {saved[-1].name}, and --steps is {settings.steps}: "
@@ -1423,6 +1450,7 @@ def resume_run(run: Path, settings: Settings) -> State:
                 shutil.rmtree(aside, ignore_errors=True)
                 damaged.rename(aside)
     state = build_state(settings, checkpoint and str(checkpoint))
+    state.lock = held
     if checkpoint:
         restore(state, checkpoint)
     if fingerprint(state.train) != json.loads((run / "config.json").read_text())["train_fingerprint"]:
