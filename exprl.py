@@ -257,6 +257,7 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
     group = settings.group if sampled else 1
     moving = [r["advantage"] != [0.0, 0.0] for r in records]
     tokens = sum(r["tokens"] for r in records)
+    graded = [r for r in records if r.get("judge") != CUT_OFF]  # others have their grade from --overlong
 
     def score(record) -> float | None:
         return None if None in record["grades"] else mean(record["grades"])
@@ -270,7 +271,7 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
         "length": tokens / len(records),
         "headings": mean(len(HEADING.findall(r["text"])) for r in records),
         "cut_off": mean(not r["finished"] for r in records),
-        "unread": mean(None in r["grades"] and r["judge"] != CUT_OFF for r in records),  # --overlong drop
+        "unread": mean(None in r["grades"] for r in graded) or 0.0,
         "zero_groups": mean(not any(moving[i : i + group]) for i in range(0, len(records), group)),
     }
     domains = sorted({r["domain"] for r in records})

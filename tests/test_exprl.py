@@ -185,6 +185,15 @@ def test_traces_dropped_for_their_length_are_not_unread(world):
         assert all(r["grades"] == [None] for r in records if not r["finished"])
 
 
+def test_unread_is_a_share_of_what_was_graded():
+    """A dozen traces cut off must not hide that the judge read none of the others."""
+    record = dict(domain="math", text="", correct=False, advantage=[0.0, 0.0], tokens=1)
+    traces = [([None], False, exprl.CUT_OFF)] * 12 + [([None], True, "?"), ([0.5], True, "")] * 2
+    records = [record | dict(grades=g, finished=f, judge=j) for g, f, j in traces]
+    assert exprl.trace_metrics(Settings(), records)["unread"] == 0.5
+    assert exprl.trace_metrics(Settings(), records[:8])["unread"] == 0
+
+
 def test_a_non_finite_gradient_is_skipped_counted_and_stops_the_run(world, tmp_path):
     state, settings = build(world, "--steps", 9)
     before = {k: v.clone() for k, v in state.policy.model.state_dict().items()}
