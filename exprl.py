@@ -1177,7 +1177,9 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     if rank() == 0:
         (run / "evaluations").mkdir(exist_ok=True)
         write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", jsonl(records))
-    log(state, run / "metrics.jsonl", {"step": state.step, **metrics})
+    of = (f"{len(state.held_out)} problems ({fingerprint(state.held_out)}) x {settings.eval_n} traces, "
+          f"at most {settings.max_new_tokens} tokens, temperature {settings.temperature}")
+    log(state, run / "metrics.jsonl", {"step": state.step, "held_out": of, **metrics})
     bar.write(f"step {state.step}: held out, " + ", ".join(
         f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
 
@@ -1225,14 +1227,18 @@ def closing_table(run: Path, settings: Settings) -> str:
     evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "accuracy" not in m]
     if not evaluations:
         return ""
-    before, after = evaluations[0], evaluations[-1]
-    # a resumed run may ask for others than it began with
+    # a resumed run may evaluate on other problems, or for other k, than it began with
+    after = evaluations[-1]
+    before = next(m for m in evaluations if m.get("held_out") == after.get("held_out"))
     ks = [k for k in settings.eval_k if f"pass@{k}" in before.keys() & after.keys()]
     rows = [f"{'held-out problems':20s}" + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in ks)]
-    for name, m in (("before", before), ("after", after)):
+    for name, m in (("before", before), ("after", after))[before is after :]:
         cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} "
                  for k in ks)
         rows.append(f"{name + ', step ' + str(m['step']):20s}" + " ".join(cells))
+    if before is not evaluations[0]:
+        rows.append(f"step {evaluations[0]['step']} is not shown, it was evaluated on something else: "
+                    "see held_out in metrics.jsonl")
     return "\n".join(rows)
 
 

@@ -449,6 +449,17 @@ def test_the_closing_table_shows_what_both_ends_measured(tmp_path):
     assert "pass@1 " in table and "pass@8" not in table and "after, step 6" in table
 
 
+def test_the_closing_table_compares_like_with_like(world, tmp_path):
+    """A run may be resumed with other held-out problems, or fewer."""
+    run = tmp_path / "run"
+    tiny.inside(*world[1], "--method", "sft", "--steps", 1, "--eval-data", world[0] / "eval.jsonl",
+                "--eval-n", 1, "--eval-k", 1, "--out", run)
+    table = tiny.inside("--resume", run, "--steps", 2, "--eval-limit", 2).stdout
+    assert "before" not in table and "after, step 2" in table and "step 0 is not shown" in table
+    table = tiny.inside("--resume", run, "--steps", 3).stdout
+    assert "before, step 2" in table and "after, step 3" in table and "step 0 is not shown" in table
+
+
 def test_flags_that_make_no_sense_are_refused(world, capsys):
     for flags, word in ((["--kl", "nan"], "--kl must be a number"), (["--grad-clip", "nan"], "--grad-clip"),
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
