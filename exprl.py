@@ -745,6 +745,10 @@ def load_state(settings: Settings, weights: str | None) -> State:
               file=sys.stderr)
     train = problems_or_exit(settings.data, "train", skip_bad_rows=settings.skip_bad_rows,
                              need_solution=settings.method != "grpo" and settings.reference != "none")
+    domains = sorted({p.domain for p in train})
+    for name in sorted(set(settings.outcome_domains).difference(domains)):
+        raise SystemExit(f"--outcome-domains {name}: no training problem is of that, only of "
+                         f"{', '.join(domains)}")
     held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
@@ -1305,7 +1309,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage="python exprl.py [flags]", epilog=EXAMPLES,
                                      description=__doc__[: __doc__.index("Departures")],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--preset", choices=PRESETS,
                       help="a set of defaults, which flags still change; without --model the miniature's; "

@@ -419,6 +419,8 @@ def test_bad_starts_name_the_remedy_before_any_model_is_loaded(world, tmp_path):
         (["--group", 1], "--group", ""),
         (["--temperature", 0], "--temperature", ""),
         (["--out", home], "not empty", "--resume"),
+        (["--method", "process", "--outcome-domains", "maths"], "maths", "only of math"),
+        (["--outcome", "math"], "unrecognized arguments: --outcome", ""),  # not short for another flag
     ]
     for more, *words in cases:
         done = tiny.inside(*flags, *more, check=False)
