@@ -1302,6 +1302,9 @@ CHOICES = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=
                step_credit=("zero", "score"), reference=("right", "none", "wrong"),
                distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
                log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
+# Flags that change what is compared in an ablation: elsewhere they would be ignored, and nobody would notice.
+ONLY = dict(reference=JUDGED, distill_kl=("distill",),
+            **dict.fromkeys(("process_norm", "step_credit", "step_view", "outcome_domains"), ("process",)))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -1380,6 +1383,9 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
     return [
         *((getattr(s, name) < 1, f"{flag(name)} must be at least 1") for name in counts),
         *((value != value, f"{flag(name)} must be a number") for name, value in vars(s).items()),
+        *((s.method not in methods and getattr(s, name) != getattr(Settings, name),
+           f"{flag(name)} has no effect under --method {s.method}, only under {' or '.join(methods)}")
+          for name, methods in ONLY.items()),
         (s.temperature <= 0, "--temperature must be above 0: greedy traces of a problem are all the same"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),

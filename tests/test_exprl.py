@@ -465,7 +465,9 @@ def test_the_closing_table_compares_like_with_like(world, tmp_path):
 def test_flags_that_make_no_sense_are_refused(world, capsys):
     for flags, word in ((["--kl", "nan"], "--kl must be a number"), (["--grad-clip", "nan"], "--grad-clip"),
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
-                        (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus")):
+                        (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
+                        (["--method", "sft", "--reference", "none"], "only under outcome or process"),
+                        (["--step-view", "segment"], "--step-view has no effect under --method outcome")):
         with pytest.raises(SystemExit):
             exprl.parse([*world[1], *flags])
         assert word in capsys.readouterr().err
