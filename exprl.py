@@ -68,7 +68,7 @@ from judge import HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, game
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
-from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype, problems_or_exit
+from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_dtype, problems_or_exit
 from sample import require_plain_head, resolve_model, summary, too_long, traces_of, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
@@ -737,7 +737,8 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
 
 def load_state(settings: Settings, weights: str | None) -> State:
     """Check the data, then load the models: bad input must not cost a model's loading time."""
-    device = own_device(settings.device)
+    device = own_device("--device", settings.device)
+    judge_device = own_device("--judge-device", settings.judge_device) if settings.judge_device else device
     asked = pick_dtype(settings.dtype, device)
     dtype = fast_dtype(asked, device.split(":")[0])
     if dtype != asked:
@@ -776,7 +777,6 @@ def load_state(settings: Settings, weights: str | None) -> State:
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
         reference.model.set_attn_implementation(policy.model.config._attn_implementation)
-    judge_device = own_device(settings.judge_device or settings.device)
     grader = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
     room = settings.cache_gb or cache_room(policy.model, device)  # of what all models leave free
     if judged:
@@ -1035,12 +1035,15 @@ def in_order(places: list[int], items: list) -> list:
     return [item for place in sorted(groups) for item in groups[place]]
 
 
-def own_device(device: str) -> str:
-    """--device, or --judge-device, for this process."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device.startswith("+"):
-        return f"cuda:{local + int(device)}"
-    device = pick_device(device)
+def own_device(name: str, asked: str) -> str:
+    """What the flag of this name asks for, for this process."""
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    device = f"cuda:{local + int(asked)}" if asked.startswith("+") else asked
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device not in ("cpu", *["cuda"] * min(gpus, 1), *(f"cuda:{i}" for i in range(gpus))):
+        raise SystemExit(f"{name} {asked}: torch sees {gpus or 'no'} GPUs here: take cpu or auto, or look at "
+                         "nvidia-smi and CUDA_VISIBLE_DEVICES")
     return f"cuda:{local}" if device == "cuda" and ranks() > 1 else device
 
 
@@ -1378,10 +1381,12 @@ def flag(name: str) -> str:
 
 def complaints(s: Settings) -> list[tuple[bool, str]]:
     """What may be wrong with settings, before any long work starts: (is it so, message)."""
-    counts = ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows",
-              "eval_n", "keep")
+    least = dict.fromkeys(("steps", "questions", "group", "max_new_tokens", "max_prompt_tokens", "updates",
+                           "microbatch_tokens", "max_rows", "eval_n", "keep"), 1)
+    least |= dict.fromkeys(("seed", "check_judge", "max_unread", "weight_decay", "cache_gb", "eval_every",
+                            "eval_limit", "save_every", "show_every"), 0)
     return [
-        *((getattr(s, name) < 1, f"{flag(name)} must be at least 1") for name in counts),
+        *((getattr(s, name) < low, f"{flag(name)} must be at least {low}") for name, low in least.items()),
         *((value != value, f"{flag(name)} must be a number") for name, value in vars(s).items()),
         *((s.method not in methods and getattr(s, name) != getattr(Settings, name),
            f"{flag(name)} has no effect under --method {s.method}, only under {' or '.join(methods)}")
@@ -1398,6 +1403,7 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          "--questions must be at least --updates x processes: in each update each needs a problem"),
         (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
          "under torchrun each process takes the GPU of its number: leave --device out"),
+        (not 0 <= s.warmup <= 1, "--warmup is a share of the steps: it must lie between 0 and 1"),
         (s.judge_device.startswith("+") and not s.judge_device[1:].isdigit(),
          "--judge-device +N needs a number: the judge's GPU is the Nth after the process's own"),
         (max(s.eval_k) > s.eval_n or min(s.eval_k) < 1,

@@ -420,6 +420,7 @@ def test_bad_starts_name_the_remedy_before_any_model_is_loaded(world, tmp_path):
         (["--temperature", 0], "--temperature", ""),
         (["--out", home], "not empty", "--resume"),
         (["--method", "process", "--outcome-domains", "maths"], "maths", "only of math"),
+        (["--judge-device", "cuda:99"], "--judge-device cuda:99", "look at nvidia-smi"),
         (["--outcome", "math"], "unrecognized arguments: --outcome", ""),  # not short for another flag
     ]
     for more, *words in cases:
@@ -467,6 +468,8 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
                         (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
                         (["--method", "sft", "--reference", "none"], "only under outcome or process"),
+                        (["--seed", "-1"], "--seed must be at least 0"),
+                        (["--warmup", "20"], "--warmup is a share"),
                         (["--step-view", "segment"], "--step-view has no effect under --method outcome")):
         with pytest.raises(SystemExit):
             exprl.parse([*world[1], *flags])
