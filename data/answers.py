@@ -44,6 +44,8 @@ _DECIMAL = re.compile(
     r"([+-]?)\s*([0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\[,!;: ]|[ ~])[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?"
     r"(?:(?:[eE]|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^)\s*(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3})))?")
 _STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+# "B", "(B)", "B) Venus", "(B). Venus", "B: Venus", but not "B) or C)"
+_LETTER = re.compile(r"(?:[Oo]ption )?\(?([A-Z])(?:[).:]{1,2}(?:[ \\](?:(?!\b[A-Z]\b).)+)?)?")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
 
 
@@ -96,7 +98,7 @@ def is_correct(text: str, answer: str) -> bool:
         return guess == gold != ""
     if max(len(guess), len(gold)) > MAX_ANSWER:
         return False
-    for read in (_decimal, _words, _named):
+    for read in (_decimal, _letter, _words, _named):
         ours, theirs = read(gold), read(guess)
         if ours is not None and theirs is not None:
             return ours == theirs
@@ -119,6 +121,12 @@ def _decimal(answer: str) -> Decimal | None:
         return None
     whole = re.sub("[^0-9]", "", number[2])
     return Decimal(f"{number[1]}{whole or 0}.{number[3] or 0}e{number[4] or number[5] or 0}")
+
+
+def _letter(answer: str) -> str | None:
+    """The letter of an option, which may stand before its text; a bare capital, too."""
+    option = _LETTER.fullmatch(_STYLED.sub(r"\1", answer).strip())
+    return option and option[1]
 
 
 def _words(answer: str) -> str | None:
