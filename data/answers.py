@@ -46,7 +46,7 @@ _DECIMAL = re.compile(
 _STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 # "B", "(B)", "B) Venus", "(B). Venus", "B: Venus", but not "B) or C)"
 _LETTER = re.compile(r"(?:[Oo]ption )?\(?([A-Z])(?:[).:]{1,2}(?:[ \\](?:(?!\b[A-Z]\b).)+)?)?")
-# A number and a word that leaves its value alone: "18 books", "1,000 miles per hour". Four letters: see below.
+# A number and a word that changes nothing: "18 books", "1,000 miles per hour". Four letters: see below.
 _UNIT = re.compile(
     r"(.*[0-9.}])(?:[ ~]|\\[,;: ])+(?!(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|"
     r"nin|ten)ths?|pairs?|dozens?|hundred\w*|thousand\w*|[mbtr]+illion\w*|times|twice|squared|cubed|below|"
