@@ -1535,6 +1535,9 @@ def main(argv=None) -> None:
         raise SystemExit(0 if str(stop).startswith("stopped by") else 1) from stop
     except Exception as error:
         raise SystemExit(f"{explain(error, state.phase)}\n{go_on}") from error
+    finally:
+        if state.lock:
+            state.lock.close()
     print(closing_table(run, settings))
     print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
     if settings.model == PRESETS["miniature"][""]["model"]:
