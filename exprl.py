@@ -28,6 +28,7 @@ Left out: asynchronous sampling, tensor parallelism, LoRA, value models, tools a
 import argparse
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -67,7 +68,7 @@ from judge import HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, game
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
-from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype, problems_or_exit
+from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_dtype, problems_or_exit
 from sample import require_plain_head, resolve_model, summary, too_long, traces_of, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
@@ -132,7 +133,7 @@ class Settings:
     keep: int = 2  # checkpoints to keep
     show_every: int = 10  # print a sampled trace with its grade every so many steps; 0 = never
     log: str = "files"  # files (.jsonl), or tensorboard: its event files too, for `tensorboard --logdir runs`
-    out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>
+    out: str = ""  # the run's folder; default: runs/<model>-<method>-<time>-<process>
     device: str = "auto"  # auto, cpu, cuda, cuda:1; under torchrun each process takes the GPU of its number
     judge_device: str = ""  # of the judge: a device, or +4 for the GPU four after this process's own
     dtype: str = "auto"  # of sampling and forward passes: auto, float32, bfloat16; master weights are float32
@@ -256,6 +257,7 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
     group = settings.group if sampled else 1
     moving = [r["advantage"] != [0.0, 0.0] for r in records]
     tokens = sum(r["tokens"] for r in records)
+    graded = [r for r in records if r.get("judge") != CUT_OFF]  # others have their grade from --overlong
 
     def score(record) -> float | None:
         return None if None in record["grades"] else mean(record["grades"])
@@ -269,7 +271,7 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
         "length": tokens / len(records),
         "headings": mean(len(HEADING.findall(r["text"])) for r in records),
         "cut_off": mean(not r["finished"] for r in records),
-        "unread": mean(None in r["grades"] and r["judge"] != CUT_OFF for r in records),  # --overlong drop
+        "unread": mean(None in r["grades"] for r in graded) or 0.0,
         "zero_groups": mean(not any(moving[i : i + group]) for i in range(0, len(records), group)),
     }
     domains = sorted({r["domain"] for r in records})
@@ -713,6 +715,7 @@ class State:
     entered: float = 0.0  # when it began, see enter()
     interrupts: "Interrupts" = field(default_factory=lambda: Interrupts())
     board: object = None  # --log tensorboard: its SummaryWriter
+    lock: object = None  # an open file, see lock()
 
     def amp(self):
         """Forward passes run in the sampling dtype over float32 masters; FSDP gathers them in it."""
@@ -734,7 +737,8 @@ def build_state(settings: Settings, weights: str | None = None) -> State:
 
 def load_state(settings: Settings, weights: str | None) -> State:
     """Check the data, then load the models: bad input must not cost a model's loading time."""
-    device = own_device(settings.device)
+    device = own_device("--device", settings.device)
+    judge_device = own_device("--judge-device", settings.judge_device) if settings.judge_device else device
     asked = pick_dtype(settings.dtype, device)
     dtype = fast_dtype(asked, device.split(":")[0])
     if dtype != asked:
@@ -742,6 +746,10 @@ def load_state(settings: Settings, weights: str | None) -> State:
               file=sys.stderr)
     train = problems_or_exit(settings.data, "train", skip_bad_rows=settings.skip_bad_rows,
                              need_solution=settings.method != "grpo" and settings.reference != "none")
+    domains = sorted({p.domain for p in train})
+    for name in sorted(set(settings.outcome_domains).difference(domains)):
+        raise SystemExit(f"--outcome-domains {name}: no training problem is of that, only of "
+                         f"{', '.join(domains)}")
     held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
@@ -769,7 +777,6 @@ def load_state(settings: Settings, weights: str | None) -> State:
         reference = load_lm(settings.model, device, dtype)
         reference.model.requires_grad_(False)
         reference.model.set_attn_implementation(policy.model.config._attn_implementation)
-    judge_device = own_device(settings.judge_device or settings.device)
     grader = load_lm(settings.judge, judge_device, dtype) if own_judge else reference
     room = settings.cache_gb or cache_room(policy.model, device)  # of what all models leave free
     if judged:
@@ -836,7 +843,8 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                 {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
     with together():
         if rank() == 0:
-            (tmp / "sha256.json").write_text(json.dumps({p.name: sha256(p) for p in sorted(tmp.iterdir())}))
+            files = [p for p in sorted(tmp.rglob("*")) if p.is_file()]  # some tokenizers bring folders
+            (tmp / "sha256.json").write_text(json.dumps({str(p.relative_to(tmp)): sha256(p) for p in files}))
             publish(tmp, target)
             for old in complete_checkpoints(run)[: -settings.keep]:
                 shutil.rmtree(old)
@@ -1027,12 +1035,15 @@ def in_order(places: list[int], items: list) -> list:
     return [item for place in sorted(groups) for item in groups[place]]
 
 
-def own_device(device: str) -> str:
-    """--device, or --judge-device, for this process."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device.startswith("+"):
-        return f"cuda:{local + int(device)}"
-    device = pick_device(device)
+def own_device(name: str, asked: str) -> str:
+    """What the flag of this name asks for, for this process."""
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    device = f"cuda:{local + int(asked)}" if asked.startswith("+") else asked
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device not in ("cpu", *["cuda"] * min(gpus, 1), *(f"cuda:{i}" for i in range(gpus))):
+        raise SystemExit(f"{name} {asked}: torch sees {gpus or 'no'} GPUs here: take cpu or auto, or look at "
+                         "nvidia-smi and CUDA_VISIBLE_DEVICES")
     return f"cuda:{local}" if device == "cuda" and ranks() > 1 else device
 
 
@@ -1173,7 +1184,9 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     if rank() == 0:
         (run / "evaluations").mkdir(exist_ok=True)
         write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", jsonl(records))
-    log(state, run / "metrics.jsonl", {"step": state.step, **metrics})
+    of = (f"{len(state.held_out)} problems ({fingerprint(state.held_out)}) x {settings.eval_n} traces, "
+          f"at most {settings.max_new_tokens} tokens, temperature {settings.temperature}")
+    log(state, run / "metrics.jsonl", {"step": state.step, "held_out": of, **metrics})
     bar.write(f"step {state.step}: held out, " + ", ".join(
         f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
 
@@ -1221,14 +1234,18 @@ def closing_table(run: Path, settings: Settings) -> str:
     evaluations = [m for m in read_jsonl(run / "metrics.jsonl") if "accuracy" not in m]
     if not evaluations:
         return ""
-    before, after = evaluations[0], evaluations[-1]
-    # a resumed run may ask for others than it began with
+    # a resumed run may evaluate on other problems, or for other k, than it began with
+    after = evaluations[-1]
+    before = next(m for m in evaluations if m.get("held_out") == after.get("held_out"))
     ks = [k for k in settings.eval_k if f"pass@{k}" in before.keys() & after.keys()]
     rows = [f"{'held-out problems':20s}" + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in ks)]
-    for name, m in (("before", before), ("after", after)):
+    for name, m in (("before", before), ("after", after))[before is after :]:
         cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} "
                  for k in ks)
         rows.append(f"{name + ', step ' + str(m['step']):20s}" + " ".join(cells))
+    if before is not evaluations[0]:
+        rows.append(f"step {evaluations[0]['step']} is not shown, it was evaluated on something else: "
+                    "see held_out in metrics.jsonl")
     return "\n".join(rows)
 
 
@@ -1288,6 +1305,9 @@ CHOICES = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=
                step_credit=("zero", "score"), reference=("right", "none", "wrong"),
                distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
                log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
+# Flags that change what is compared in an ablation: elsewhere they would be ignored, and nobody would notice.
+ONLY = dict(reference=JUDGED, distill_kl=("distill",),
+            **dict.fromkeys(("process_norm", "step_credit", "step_view", "outcome_domains"), ("process",)))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -1295,7 +1315,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage="python exprl.py [flags]", epilog=EXAMPLES,
                                      description=__doc__[: __doc__.index("Departures")],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--preset", choices=PRESETS,
                       help="a set of defaults, which flags still change; without --model the miniature's; "
@@ -1361,11 +1381,16 @@ def flag(name: str) -> str:
 
 def complaints(s: Settings) -> list[tuple[bool, str]]:
     """What may be wrong with settings, before any long work starts: (is it so, message)."""
-    counts = ("steps", "questions", "group", "max_new_tokens", "updates", "microbatch_tokens", "max_rows",
-              "eval_n", "keep")
+    least = dict.fromkeys(("steps", "questions", "group", "max_new_tokens", "max_prompt_tokens", "updates",
+                           "microbatch_tokens", "max_rows", "eval_n", "keep"), 1)
+    least |= dict.fromkeys(("seed", "check_judge", "max_unread", "weight_decay", "cache_gb", "eval_every",
+                            "eval_limit", "save_every", "show_every"), 0)
     return [
-        *((getattr(s, name) < 1, f"{flag(name)} must be at least 1") for name in counts),
+        *((getattr(s, name) < low, f"{flag(name)} must be at least {low}") for name, low in least.items()),
         *((value != value, f"{flag(name)} must be a number") for name, value in vars(s).items()),
+        *((s.method not in methods and getattr(s, name) != getattr(Settings, name),
+           f"{flag(name)} has no effect under --method {s.method}, only under {' or '.join(methods)}")
+          for name, methods in ONLY.items()),
         (s.temperature <= 0, "--temperature must be above 0: greedy traces of a problem are all the same"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),
@@ -1378,6 +1403,7 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          "--questions must be at least --updates x processes: in each update each needs a problem"),
         (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
          "under torchrun each process takes the GPU of its number: leave --device out"),
+        (not 0 <= s.warmup <= 1, "--warmup is a share of the steps: it must lie between 0 and 1"),
         (s.judge_device.startswith("+") and not s.judge_device[1:].isdigit(),
          "--judge-device +N needs a number: the judge's GPU is the Nth after the process's own"),
         (max(s.eval_k) > s.eval_n or min(s.eval_k) < 1,
@@ -1390,23 +1416,51 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
 
 def start_run(settings: Settings) -> tuple[Path, State]:
     """Build everything that can fail first, then the run's folder: a bad start leaves no folder behind."""
-    name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}"
+    # with the process's number: a loop over seeds starts several runs in the same second
+    name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
     run = Path(gather(settings.out or Path("runs") / name)[0])  # the clocks of processes differ
     with together():
         found = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not found.is_dir() or not os.access(found, os.W_OK):
             raise SystemExit(f"{run} cannot be written: {found} is no folder to write in; choose another "
                              "--out")
-        if rank() == 0 and run.exists() and any(run.iterdir()):
-            raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
+        refuse_used(run)
     state = build_state(settings)
-    run.mkdir(parents=True, exist_ok=True)
+    with together():
+        run.mkdir(parents=True, exist_ok=True)
+        refuse_used(run)  # by now another may have begun in it
+        state.lock = lock(run)
     return run, state
+
+
+def refuse_used(run: Path) -> None:
+    if rank() == 0 and run.exists() and any(run.iterdir()):
+        raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
+
+
+def lock(run: Path):
+    """Two programs must not write one run. Held while the file returned is open: a kill ends it, too."""
+    if rank():
+        return None
+    file = open(run / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{run} is being trained by another program: wait for its end, or start a run of "
+                         "your own, with another --out") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return file
 
 
 def resume_run(run: Path, settings: Settings) -> State:
     """The state of the newest checkpoint that is as it was written."""
+    with together():
+        held = lock(run)
     saved = complete_checkpoints(run)
+    if saved and int(saved[-1].name[5:]) > settings.steps:
+        raise SystemExit(f"{run} has already reached {saved[-1].name}, and --steps is {settings.steps}: "
+                         "ask for more, or start a new run from one of its checkpoints: --model CHECKPOINT")
     # one process reads them, for all
     checkpoint = next((c for c in reversed(saved) if gather(rank() == 0 and intact(c))[0]), None)
     if saved and not checkpoint:
@@ -1419,12 +1473,13 @@ def resume_run(run: Path, settings: Settings) -> State:
                 shutil.rmtree(aside, ignore_errors=True)
                 damaged.rename(aside)
     state = build_state(settings, checkpoint and str(checkpoint))
+    state.lock = held
     if checkpoint:
         restore(state, checkpoint)
     if fingerprint(state.train) != json.loads((run / "config.json").read_text())["train_fingerprint"]:
         raise SystemExit(f"the training data is not the one {run} was started with: "
                          "restore it, or start a new run")
-    print(f"resuming {run} after step {state.step}")
+    print(f"resuming {run} after step {state.step} of {settings.steps}")
     return state
 
 
@@ -1480,6 +1535,9 @@ def main(argv=None) -> None:
         raise SystemExit(0 if str(stop).startswith("stopped by") else 1) from stop
     except Exception as error:
         raise SystemExit(f"{explain(error, state.phase)}\n{go_on}") from error
+    finally:
+        if state.lock:
+            state.lock.close()
     print(closing_table(run, settings))
     print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
     if settings.model == PRESETS["miniature"][""]["model"]:

@@ -3,8 +3,8 @@ r"""Is this answer right, and what do many verdicts say: exact match, pass@k, bo
 The answer of a text is its last \boxed{...} (balanced braces; or \fbox), else its last number. Plain decimals
 are compared here, exactly and in microseconds ("$1,000.00" is "1000", "051283" is "51283", "3e8" is
 "3 \times 10^{8}"); so are identical strings, words ("\text{even}" is "Even") and named numbers ("x=1, y=2" is
-"y=2, x=1"). Everything else (fractions, roots, tuples, intervals, percent, units) goes to math-verify, which
-reads LaTeX.
+"y=2, x=1"), options ("B) Mars" is "B") and a number against one with a unit ("18 books" is "18"). Everything
+else (fractions, roots, tuples, intervals, percent, other units) goes to math-verify, which reads LaTeX.
 
 math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for years inside one C call, where
 no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces:
@@ -44,6 +44,13 @@ _DECIMAL = re.compile(
     r"([+-]?)\s*([0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\[,!;: ]|[ ~])[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?"
     r"(?:(?:[eE]|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^)\s*(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3})))?")
 _STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+# "B", "(B)", "B) Venus", "(B). Venus", "B: Venus", but not "B) or C)"
+_LETTER = re.compile(r"(?:[Oo]ption )?\(?([A-Z])(?:[).:]{1,2}(?:[ \\](?:(?!\b[A-Z]\b).)+)?)?")
+# A number and a word that changes nothing: "18 books", "1,000 miles per hour". Four letters: see below.
+_UNIT = re.compile(
+    r"(.*[0-9.}])(?:[ ~]|\\[,;: ])+(?!(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|"
+    r"nin|ten)ths?|pairs?|dozens?|hundred\w*|thousand\w*|[mbtr]+illion\w*|times|twice|squared|cubed|below|"
+    r"minus|plus)\b)[a-z]{4,}(?: per [a-z]+)?", re.I)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
 
 
@@ -96,8 +103,12 @@ def is_correct(text: str, answer: str) -> bool:
         return guess == gold != ""
     if max(len(guess), len(gold)) > MAX_ANSWER:
         return False
-    for read in (_decimal, _words, _named):
+    for read in (_decimal, _letter, _words, _named):
         ours, theirs = read(gold), read(guess)
+        if ours is not None and theirs is not None:
+            return ours == theirs
+    for one, other in ((gold, guess), (guess, gold)):  # one names its unit, the other does not
+        ours, theirs = _decimal(one), _measured(other)
         if ours is not None and theirs is not None:
             return ours == theirs
     return _math_equal(gold, guess)
@@ -119,6 +130,18 @@ def _decimal(answer: str) -> Decimal | None:
         return None
     whole = re.sub("[^0-9]", "", number[2])
     return Decimal(f"{number[1]}{whole or 0}.{number[3] or 0}e{number[4] or number[5] or 0}")
+
+
+def _measured(answer: str) -> Decimal | None:
+    """The number before a unit (to math-verify "18 books" is a product with b, o, o, k and s)."""
+    measured = _UNIT.fullmatch(" ".join(_STYLED.sub(r" \1 ", answer).split()))
+    return _decimal(measured[1]) if measured else None
+
+
+def _letter(answer: str) -> str | None:
+    """The letter of an option, which may stand before its text; a bare capital, too."""
+    option = _LETTER.fullmatch(_STYLED.sub(r"\1", answer).strip())
+    return option and option[1]
 
 
 def _words(answer: str) -> str | None:

@@ -18,6 +18,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 from .answers import last_box
@@ -153,15 +154,16 @@ def _options(row: dict) -> dict[str, str]:
     given = row.get("choices") or row.get("options")
     if not given:
         return {}
-    options = given
+    pairs = []  # zip_longest: a letter without a text, or a text without one, is no text
     if isinstance(given, list):
-        options = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given))
-    elif isinstance(given, dict) and set(given) == {"label", "text"}:
-        options = dict(zip(given["label"], given["text"]))
-    if not (isinstance(options, dict) and 2 <= len(given) and len(options) <= 26
-            and all(type(text) is str and not _UNUSABLE.search(text) for text in options.values())):
+        pairs = list(zip_longest("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(given)], given))
+    elif isinstance(given, dict):
+        labelled = set(given) == {"label", "text"}
+        pairs = list(zip_longest(given["label"], given["text"]) if labelled else given.items())
+    if not (all(type(text) is str and not _UNUSABLE.search(text) for pair in pairs for text in pair)
+            and 2 <= len(dict(pairs)) == len(pairs) <= 26):
         raise ValueError(f"`choices` are not 2 to 26 texts: {given!a:.40}")
-    return {letter: text.strip() for letter, text in options.items()}
+    return {letter: text.strip() for letter, text in pairs}
 
 
 def _chosen(row: dict, options: dict[str, str]) -> str:

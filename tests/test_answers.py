@@ -73,7 +73,13 @@ def test_extract_answer(text, answer):
     ("2\\sqrt3", r"\sqrt{12}"), ("50%", "50"), ("50", r"50\%"), ("0.5", "50%"), ("x=5", "5"),
     ("(1,2)", "(1, 2)"), ("[0,1)", "[0,\n1)"),
     (r"\{1,2\}", "2, 1"), (r"x^2+1", "1+x^2"), ("5", r"5\text{ cm}"), ("90", r"90^\circ"),
-    ("C", r"\text{(C)}"), ("even", r"\text{Even}"), ("Two Dogs", r"\textbf{two  dogs}"),
+    ("18", "18 dollars"), ("18", "$18 dollars."), ("1000", r"1,000\text{ books}"),
+    ("2.5", "2.50~miles per hour"), ("18 books", "18"), ("18 dollars", "$18"),
+    ("3e8", r"3 \times 10^{8}\ \mathrm{pages}"),
+    ("C", r"\text{(C)}"), ("B", "B)"), ("B", "B."), ("B", "(B) Venus"), ("B", r"\text{B. Venus}"),
+    ("B", r"\textbf{(B)}\ 5"), ("(B)", "B: 5"), ("Z", r"\mathrm{(Z)}"), ("B", r"\text{Option B}"),
+    ("B", r"\textbf{B})"), ("B", r"(\text{B})."),
+    ("even", r"\text{Even}"), ("Two Dogs", r"\textbf{two  dogs}"),
 ])
 def test_same_answer(gold, guess):
     assert is_correct(boxed(guess), gold)
@@ -83,6 +89,9 @@ def test_same_answer(gold, guess):
     ("18", "19"), ("18", ""), ("1", "1,0"), ("12345", "12"), ("12345678901234567890", "12345678901234567891"),
     ("1e-30", "2e-30"), ("3e8", "38"), ("1/3", "0.33"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1)"), ("5", "5, 6"),
     ("5", "x"), ("even", "odd"), ("listen", "silent"), ("", "18"), ("18", "18 or 19"), (".", "."),
+    ("18", "19 books"), ("18", "-18 books"), ("18", "18 books and 3"), ("3", "3 Million"), ("3", "3 dozen"),
+    ("3", "3 quarters"), ("3", "3 tenths"), ("3 books", "3 pages"), ("3 books", "4"), ("5", "5 abcd x"),
+    ("B", "C)"), ("B", "B) or C)"), ("B", "A) Venus, B) Mars"), ("B", "B or C"), ("B", "BC"),
 ])
 def test_other_answer(gold, guess):
     assert not is_correct(boxed(guess), gold)

@@ -358,6 +358,7 @@ def test_options_are_shown_in_the_question(tmp_path, row):
     ({"choices": {"label": ["1", "2", "3"], "text": ["2", "1", "4"]}, "answerKey": "2"}, "2"),
     ({"choices": ["B", "O", "A"], "answer": "B"}, "B"),
     ({"choices": ["10", "3", "2"], "answer": "2"}, "C"),
+    ({"choices": [f"o{i}" for i in range(26)], "answer": 25}, "Z"),
 ])
 def test_an_answer_that_is_a_letter_is_the_letter(tmp_path, row, answer):
     (tmp_path / "p.jsonl").write_text(json.dumps({"question": "q"} | row) + "\n")
@@ -367,6 +368,10 @@ def test_an_answer_that_is_a_letter_is_the_letter(tmp_path, row, answer):
 @pytest.mark.parametrize("row, reason", [
     ({"choices": ["one"], "answer": 0}, "2 to 26 texts"),
     ({"choices": [1, 2], "answer": 0}, "2 to 26 texts"),
+    ({"choices": [f"o{i}" for i in range(27)], "answer": 0}, "2 to 26 texts"),  # the 27th would be no option
+    ({"choices": {"label": ["A"], "text": ["x"]}, "answerKey": "A"}, "2 to 26 texts"),
+    ({"choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answerKey": "A"}, "2 to 26 texts"),
+    ({"choices": {"label": ["A", "B"], "text": ["x", "y", "z"]}, "answerKey": "A"}, "2 to 26 texts"),
     ({"choices": ["x", "y"], "answer": "z"}, "none of the choices"),
     ({"choices": ["x", "y"], "answer": 2}, "none of the choices"),
     ({"choices": ["x", "y"]}, "no answer"),

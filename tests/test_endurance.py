@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import types
 
 import pytest
 import tiny
@@ -97,6 +98,47 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_pat
     else:
         (newest / name).write_bytes(content[: len(content) // 2 * ("cut" in damage)])
     assert resume(run).step == 2 and "cannot use" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_a_folder_of_templates_is_saved_and_watched(world, tmp_path, capsys):
+    policy = shutil.copytree(world[0] / "policy", tmp_path / "policy")
+    (policy / "additional_chat_templates").mkdir()
+    (policy / "additional_chat_templates" / "tools.jinja").write_text(tiny.TEMPLATE)
+    run = tmp_path / "run"
+    tiny.inside("--model", policy, "--data", world[0] / "train.jsonl", "--method", "sft", "--steps", 1,
+                "--questions", 2, "--out", run, "--device", "cpu")
+    saved = run / "checkpoints/step_1"
+    assert exprl.intact(saved)
+    (saved / "additional_chat_templates" / "tools.jinja").write_text("")
+    assert not exprl.intact(saved) and "tools.jinja" in capsys.readouterr().err
+
+
+def test_two_programs_do_not_write_one_run(world, tmp_path, monkeypatch):
+    run = copy(world, tmp_path)
+    held = exprl.lock(run)
+    done = tiny.inside("--resume", run, check=False)
+    assert done.returncode and f"{run} is being trained by another program" in done.stderr
+    assert "another --out" in done.stderr
+    held.close()
+    assert resume(run).step == 4
+
+    settings, _ = exprl.parse(["--out", str(tmp_path / "new"), "--method", "grpo"])
+    monkeypatch.setattr(exprl, "build_state", lambda _: (tmp_path / "new" / "lock").touch())  # another's
+    (tmp_path / "new").mkdir()
+    with pytest.raises(SystemExit, match="not empty"):
+        exprl.start_run(settings)
+
+
+def test_runs_started_in_the_same_second_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exprl.time, "strftime", lambda _: "1128-120000")
+    monkeypatch.setattr(exprl, "build_state", lambda _: types.SimpleNamespace())
+    settings, _ = exprl.parse(["--method", "grpo"])
+    names = []
+    for pid in (41, 42):
+        monkeypatch.setattr(exprl.os, "getpid", lambda: pid)
+        names.append(exprl.start_run(settings)[0].name)
+    assert names == ["policy-grpo-1128-120000-41", "policy-grpo-1128-120000-42"]
 
 
 def test_a_line_torn_within_a_letter_is_left_out(tmp_path):

@@ -185,6 +185,15 @@ def test_traces_dropped_for_their_length_are_not_unread(world):
         assert all(r["grades"] == [None] for r in records if not r["finished"])
 
 
+def test_unread_is_a_share_of_what_was_graded():
+    """A dozen traces cut off must not hide that the judge read none of the others."""
+    record = dict(domain="math", text="", correct=False, advantage=[0.0, 0.0], tokens=1)
+    traces = [([None], False, exprl.CUT_OFF)] * 12 + [([None], True, "?"), ([0.5], True, "")] * 2
+    records = [record | dict(grades=g, finished=f, judge=j) for g, f, j in traces]
+    assert exprl.trace_metrics(Settings(), records)["unread"] == 0.5
+    assert exprl.trace_metrics(Settings(), records[:8])["unread"] == 0
+
+
 def test_a_non_finite_gradient_is_skipped_counted_and_stops_the_run(world, tmp_path):
     state, settings = build(world, "--steps", 9)
     before = {k: v.clone() for k, v in state.policy.model.state_dict().items()}
@@ -410,6 +419,9 @@ def test_bad_starts_name_the_remedy_before_any_model_is_loaded(world, tmp_path):
         (["--group", 1], "--group", ""),
         (["--temperature", 0], "--temperature", ""),
         (["--out", home], "not empty", "--resume"),
+        (["--method", "process", "--outcome-domains", "maths"], "maths", "only of math"),
+        (["--judge-device", "cuda:99"], "--judge-device cuda:99", "look at nvidia-smi"),
+        (["--outcome", "math"], "unrecognized arguments: --outcome", ""),  # not short for another flag
     ]
     for more, *words in cases:
         done = tiny.inside(*flags, *more, check=False)
@@ -425,6 +437,8 @@ def test_resume_refuses_another_run(world, whole, tmp_path):
         assert done.returncode and word in done.stderr
     done = tiny.inside("--resume", tmp_path, check=False)
     assert done.returncode and "config.json" in done.stderr
+    done = tiny.inside("--resume", whole[0], "--steps", 5, check=False)  # it would not have stopped at all
+    assert done.returncode and "already reached step_6, and --steps is 5" in done.stderr
     finished = tiny.inside("--resume", whole[0])  # nothing left to do: the table again
     assert "before" in finished.stdout
 
@@ -438,10 +452,25 @@ def test_the_closing_table_shows_what_both_ends_measured(tmp_path):
     assert "pass@1 " in table and "pass@8" not in table and "after, step 6" in table
 
 
+def test_the_closing_table_compares_like_with_like(world, tmp_path):
+    """A run may be resumed with other held-out problems, or fewer."""
+    run = tmp_path / "run"
+    tiny.inside(*world[1], "--method", "sft", "--steps", 1, "--eval-data", world[0] / "eval.jsonl",
+                "--eval-n", 1, "--eval-k", 1, "--out", run)
+    table = tiny.inside("--resume", run, "--steps", 2, "--eval-limit", 2).stdout
+    assert "before" not in table and "after, step 2" in table and "step 0 is not shown" in table
+    table = tiny.inside("--resume", run, "--steps", 3).stdout
+    assert "before, step 2" in table and "after, step 3" in table and "step 0 is not shown" in table
+
+
 def test_flags_that_make_no_sense_are_refused(world, capsys):
     for flags, word in ((["--kl", "nan"], "--kl must be a number"), (["--grad-clip", "nan"], "--grad-clip"),
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
-                        (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus")):
+                        (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
+                        (["--method", "sft", "--reference", "none"], "only under outcome or process"),
+                        (["--seed", "-1"], "--seed must be at least 0"),
+                        (["--warmup", "20"], "--warmup is a share"),
+                        (["--step-view", "segment"], "--step-view has no effect under --method outcome")):
         with pytest.raises(SystemExit):
             exprl.parse([*world[1], *flags])
         assert word in capsys.readouterr().err

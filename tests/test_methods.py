@@ -179,7 +179,8 @@ def test_a_cut_off_trace_under_process(world, overlong, expected, read):
 
 
 def test_mixed_domains_share_a_batch(world):
-    state, settings = build(world, "--method", "process", "--outcome-domains", "code")
+    state, settings = build(world, "--method", "process")
+    settings = dataclasses.replace(settings, outcome_domains=("code",))
     state.judge, state.train = (
         FakeJudge(),
         [dataclasses.replace(p, domain="code" if i == 1 else "math") for i, p in enumerate(state.train)],

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -168,10 +170,14 @@ def test_another_number_of_processes_goes_on(world, runs, first, then):
 
 def test_devices_of_a_process(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [exprl.own_device(d) for d in ("+4", "cpu", "cuda:1")] == ["cuda:6", "cpu", "cuda:1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    own_device = partial(exprl.own_device, "--judge-device")
+    assert [own_device(d) for d in ("+4", "cpu", "cuda:1")] == ["cuda:6", "cpu", "cuda:1"]
+    for absent in ("+5", "cuda:7", "gpu"):
+        with pytest.raises(SystemExit, match=re.escape(f"--judge-device {absent}: torch sees 7")):
+            own_device(absent)
     monkeypatch.setattr(exprl, "ranks", lambda: 8)
-    assert exprl.own_device("cuda") == "cuda:2"
+    assert own_device("cuda") == "cuda:2"
     assert any(wrong and "needs a number" in said for wrong, said in exprl.complaints(
         exprl.Settings(judge_device="+x")))
 
