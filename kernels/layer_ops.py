@@ -63,7 +63,8 @@ if triton is not None:
     @triton.jit
     def rotate_kernel(
         qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, eps,
-        keys_ptr, values_ptr, page_ptr, place_ptr, row_stride, P: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr,
+        keys_ptr, values_ptr, page_ptr, place_ptr, row_stride,
+        P: tl.constexpr, H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr,
         HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program per token."""
