@@ -202,13 +202,14 @@ def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         splits = split_count(R * KVH, table.shape[1], processors)
     group, d_block = H // KVH, max(16, triton.next_power_of_2(D))
+    token_block = 32 if query.dtype == torch.float32 else 64  # what registers hold
     out = torch.empty(R, H, D, dtype=query.dtype, device=query.device)
     part = torch.empty(R, H, splits, D, dtype=torch.float32, device=query.device) if splits > 1 else out
     lse = torch.empty(R, H, splits, dtype=torch.float32, device=query.device) if splits > 1 else out
     with torch.cuda.device_of(query):  # Triton launches on the current device, which may be another
         paged_attention_kernel[(R, KVH, splits)](
             query, keys, values, table, lengths, part, lse, scaling, query.stride(0), table.stride(0), H, P=P,
-            D=D, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKEN_BLOCK=64,
+            D=D, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKEN_BLOCK=token_block,
             D_BLOCK=d_block, SPLITS=splits, num_warps=4)
         if splits > 1:
             merge_kernel[(R * H,)](part, lse, out, D=D, D_BLOCK=d_block, SPLITS=splits)

@@ -10,8 +10,8 @@ The pages hold what the pass itself adds to them: keys and values are written be
 
 PyTorch (CPU): a piece is one call of scaled_dot_product_attention over context and piece, with a mask.
 
-Triton (CUDA): a program per tile and kv head; a tile is up to 128 rows, each a token's query head, of one
-span. By a call per piece the host took three times an H200's own time (64 prompts of 300 tokens,
+Triton (CUDA): a program per tile and kv head; a tile is up to 128 rows (float32: 32), each a token's query
+head, of one span. By a call per piece the host took three times an H200's own time (64 prompts of 300 tokens,
 Qwen2.5-1.5B's shape). Checked in Triton's interpreter; not yet timed on a GPU.
 
 Left out: gradients (packed_attention.py has them), one query a row (paged_attention.py is faster there).
@@ -97,7 +97,7 @@ class Tiles:
 
 
 def plan_tiles(pieces, group: int, dtype) -> Tiles:
-    rows, keys = (64, 32) if dtype == torch.float32 else (128, 64)  # what shared memory holds
+    rows, keys = (32, 16) if dtype == torch.float32 else (128, 64)  # what registers hold
     assert group <= rows, f"{group} query heads on a kv head"
     tiles, own_rows, at = [], [], 0
     for piece, (spans, _) in enumerate(pieces):
@@ -178,7 +178,7 @@ def triton_prefill_attention(query, key, value, keys, values, plan, scaling):
             query, key, value, keys, values, plan.tiles, plan.own, plan.table, out,
             scaling * math.log2(math.e), query.stride(0), key.stride(0), plan.table.shape[1], H, P=P, D=D,
             GROUP=H // KVH, ROWS=plan.rows, KEYS=plan.keys, D_BLOCK=max(16, triton.next_power_of_2(D)),
-            num_warps=plan.rows // 16, num_stages=2)
+            num_warps=8, num_stages=2)
     return out
 
 

@@ -263,18 +263,27 @@ def test_without_triton():
 def test_kernels_compile_for_a_hopper_gpu():
     """Down to machine code, which takes no GPU: the interpreter runs programs that the compiler refuses."""
     code = """if True:
-        import importlib
+        import importlib, pathlib, re, subprocess, tempfile
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+
+        dump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
         def build(kernel, signature, warps=8, **constants):
             names = [name for name in kernel.arg_names if name not in constants]
             types = dict(zip(names, signature.split(), strict=True), **dict.fromkeys(constants, "constexpr"))
             types = {name: types[name] for name in kernel.arg_names}
-            source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+            aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types)
+                       if types[name].startswith("*") or name.endswith("stride")}  # as they are at run time
+            source = ASTSource(kernel, types, constants, aligned)
             program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-            assert program.asm["cubin"] and ".local" not in program.asm["ptx"]  # no spilled registers
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                pathlib.Path(file.name).write_bytes(program.asm["cubin"])
+                usage = subprocess.run([dump, "--dump-resource-usage", file.name], check=True,
+                                       capture_output=True, text=True).stdout
+            spilled = int(re.search(r"STACK:(\\d+)", usage)[1])
+            assert spilled == 0, f"{kernel.__name__} {signature}: {spilled} bytes of registers in memory"
 
         logprob = importlib.import_module("kernels.token_logprob")
         advantages = importlib.import_module("kernels.token_advantages")
@@ -291,13 +300,18 @@ def test_kernels_compile_for_a_hopper_gpu():
 
         choose = importlib.import_module("kernels.choose_token")
         attention = importlib.import_module("kernels.paged_attention")
+        prefill = importlib.import_module("kernels.prefill_attention")
         ops = importlib.import_module("kernels.layer_ops")
-        for z in ("*bf16", "*fp32"):
+        for z, rows, block in (("*bf16", 128, 64), ("*fp32", 32, 32)):
             build(choose.choose_kernel, f"{z} *i64 *fp32 *i32 *i32 *i32 *fp32 i32 i32", warps=4, SPLITS=4,
                   BLOCK=256)
             for D, splits, out in ((64, 1, z), (128, 8, "*fp32")):  # heads of SmolLM2 and Qwen2.5-1.5B
                 build(attention.paged_attention_kernel, f"{z} {z} {z} *i32 *i32 {out} *fp32 fp32 i32 i32 i32",
-                      warps=4, P=32, D=D, GROUP=6, GROUP_BLOCK=16, TOKEN_BLOCK=64, D_BLOCK=D, SPLITS=splits)
+                      warps=4, P=32, D=D, GROUP=6, GROUP_BLOCK=16, TOKEN_BLOCK=block, D_BLOCK=D,
+                      SPLITS=splits)
+                packed = f"{z} {z} {z} {z} {z} *i32 *i32 *i32 {z}"
+                build(prefill.prefill_attention_kernel, f"{packed} fp32 i32 i32 i32 i32", P=32, D=D,
+                      GROUP=6, ROWS=rows, KEYS=rows // 2, D_BLOCK=D)
             build(attention.merge_kernel, f"*fp32 *fp32 {z}", warps=4, D=128, D_BLOCK=128, SPLITS=8)
             shape = dict(P=32, H=12, KVH=2, D=128, HEAD_BLOCK=16, HALF_BLOCK=64)
             pages, none = f"{z} {z} *i64 *i64", dict.fromkeys(("query_norm_ptr", "key_norm_ptr"))
