@@ -517,7 +517,7 @@ def agreement(verdicts: list[Verdict], records: list[dict], seed: int) -> dict:
     low, high = interval_over_problems(ids, lambda rows: auroc(grades[rows], correct[rows]), seed)
     whole = np.rint(grades)
     return {
-        "traces": len(records), "correct": mean(correct),
+        "traces": len(records), "problems": len(set(ids)), "correct": mean(correct),
         "auroc": auroc(grades, correct), "auroc_low": low, "auroc_high": high,
         "misplace": (mean(grades[correct] < 4) + mean(grades[~correct] >= 4)) / 2,
         "grade_correct": mean(grades[correct]), "grade_incorrect": mean(grades[~correct]),
@@ -557,6 +557,11 @@ def mean(x) -> float:
     return float(np.mean(x)) if len(x) else math.nan
 
 
+# Random grades pass for more than noise, at 4 traces a problem, in 57% of cases with 1 problem, 22% with 2,
+# 7% with 4, 5% with 8: a bootstrap over a few problems does not know how much they differ.
+LEAST_PROBLEMS = 4
+
+
 def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
     """calibrate's rows -> ("usable", "weak" or "noise", the reason and what to try next)."""
     known = f"AUROC {right['auroc']:.2f} ({right['auroc_low']:.2f} to {right['auroc_high']:.2f})"
@@ -570,6 +575,9 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
         return "noise", f"{right['unread']:.0%} of its grades cannot be read; {cause}"
     if math.isnan(right["auroc"]):
         return "noise", "for all one can tell, which takes right and wrong traces: sample more"
+    if right["problems"] < LEAST_PROBLEMS:
+        return "noise", (f"for all one can tell from {right['problems']} problems, which are too few for an "
+                         f"interval: take at least {LEAST_PROBLEMS}")
     if not right["auroc_low"] > 0.5:
         return "noise", f"{known} does not exclude chance; {remedy}, or more traces if the interval is wide"
     if drop < 0.1:
@@ -814,12 +822,13 @@ def main() -> None:
         help="also cut traces at their steps, let the policy go on N times from each cut, and compare prefix "
              "grades with the share that ends right (slow)")
     add("--limit", type=at_least(1), default=256, help="only the first so many traces")
+    add("--skip-bad-rows", action="store_true", help="count and drop bad rows instead of stopping")
     add("--out", type=new_file, help="write all of it as JSON, and sampled traces beside it")
     add("--seed", type=at_least(0), default=0, help="of sampling, wrong references and intervals")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
-    problems = problems_or_exit(args.data, "test", need_solution=True)
+    problems = problems_or_exit(args.data, "test", need_solution=True, skip_bad_rows=args.skip_bad_rows)
     records = read_traces(args.traces, problems)[: args.limit] if args.traces else None
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -832,7 +841,7 @@ def main() -> None:
         print(f"{policy.name} writes {args.n} traces of at most {most} tokens for each of {len(problems)} "
               "problems", flush=True)
         with no_traceback():
-            records = traces_of(policy, problems, args.n, most, args.temperature, args.seed)
+            records = traces_of(policy, problems, args.n, most, args.temperature, args.seed)[: args.limit]
         if args.out:
             write_atomically(args.out.with_suffix(".traces.jsonl"), jsonl(records))
     asked = {r["problem"] for r in records}
@@ -877,7 +886,8 @@ def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: li
         print(f"verdict: {out['verdict']}; {out['reason']}")
     if args.probes:
         out["probes"] = probe(judge, problems, records, args.seed)
-        print("mean grade of hostile traces, with the right reference")
+        print("mean grade of hostile traces, with the right reference" if out["probes"] else
+              "no hostile traces: they stand in for a problem's wrong trace, and there is none")
         for kind, grade in out["probes"].items():
             print(f"  {kind:36s} " + ("unread" if math.isnan(grade) else f"{grade:.2f}"))
     if continued:

@@ -127,6 +127,8 @@ class LM:
 def resolve_model(name: str) -> str:
     """A folder, a hub id (owner/name), or a well-known family's bare name -> what from_pretrained takes."""
     folder = Path(name).expanduser()
+    if (folder / "model" / "config.json").exists():  # a run's folder
+        folder = folder / "model"
     if (folder / "config.json").exists():
         return str(folder)
     if name.count("/") == 1 and not folder.is_dir() and not name.startswith((".", "/", "~")):
@@ -228,7 +230,7 @@ class Cache:
         pages = [Page(heapq.heappop(self.free)) for _ in range(count)]
         for page in pages:
             self.pages[page.index] = page
-        if pages and not self.pool.is_cuda:
+        if pages and not (self.pool.is_cuda and triton is not None):
             # The PyTorch attention reads whole pages: nothing of a former row, NaN or infinite, may be there.
             self.pool[:, :, [page.index for page in pages]] = 0
         return pages
@@ -648,8 +650,7 @@ class Sampler:
             finally:
                 self.model.train(training)
             return results
-        wanted = (len(rows.buffer) + 2) * longest + self.prefill_tokens // PAGE
-        with self.open(wanted, longest) as cache:
+        with self.open(len(rows.buffer) + 2, longest) as cache:
             if self.replay:
                 rows.buffer = self.replay.host.numpy()[: len(rows.buffer)]
             while waiting or rows.traces:
@@ -873,7 +874,7 @@ class Sampler:
                     store(self.model.base_model(ids, use_cache=False).last_hidden_state[0, -len(rows):], rows)
             return
         longest = pages_of(max(map(len, prompts), default=1))
-        with self.open(2 * longest + self.prefill_tokens // PAGE, longest) as cache:
+        with self.open(2, longest) as cache:
             pieces, held = [], []  # pages of the prompts to come, and of the last one before
             for prompt, some in zip(map(list, prompts), forks):
                 # what is read must be computed: at least the token before the first cut
@@ -892,15 +893,16 @@ class Sampler:
     # ---- memory and limits ---------------------------------------------------------------------------------
 
     @contextmanager
-    def open(self, wanted: int, longest: int):
-        """A cache of at most `wanted` pages; whatever happens inside, no page stays taken.
+    def open(self, rows: int, longest: int):
+        """A cache for `rows` of `longest` pages and a pass of prefill, or as much of it as memory allows;
+        whatever happens inside, no page stays taken.
 
         On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
         cuda = self.model.device.type == "cuda"
         width = longest
         if self.graphs:  # a power of two, so that somewhat longer prompts need neither pages nor graphs anew
             width = 2 ** (longest - 1).bit_length()
-            wanted = wanted * width // longest
+        wanted = rows * width + self.prefill_tokens // PAGE
         try:
             self.network = Network(self.model)  # before the addresses are read: it may move weights
             addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
@@ -930,6 +932,8 @@ class Sampler:
         dtype = network_dtype(model)
         page = math.prod(shape) * dtype.itemsize
         if self.cache_gb is not None:
+            if not 0 < self.cache_gb < math.inf:
+                raise ValueError(f"--cache-gb must be a number of gigabytes, got {self.cache_gb}")
             budget = self.cache_gb * 2**30
         elif model.device.type == "cuda":
             budget = 0.6 * torch.cuda.mem_get_info(model.device)[0]
@@ -945,8 +949,9 @@ class Sampler:
 
     def check(self, prompts, n, temperature, needed) -> None:
         """needed: tokens of each prompt with all that is to follow it."""
-        if temperature < 0 or n < 0:
-            raise ValueError(f"temperature and n must not be negative, got {temperature} and {n}")
+        if not (temperature == 0 or 1e-4 <= temperature < math.inf) or n < 0:
+            raise ValueError("temperature must be 0 or at least 0.0001, and n not negative, got "
+                             f"{temperature} and {n}")
         limit = getattr(self.model.config, "max_position_embeddings", None)
         for i, (prompt, length) in enumerate(zip(prompts, needed, strict=True)):
             if not prompt:
@@ -983,7 +988,7 @@ class Graphs:
         if self.knobs != (rows.temperature, rows.seed):
             self.knobs = rows.temperature, rows.seed
             self.temperature.fill_(rows.temperature)
-            self.seed.fill_(rows.seed % 2**63)
+            self.seed.fill_((rows.seed + 2**63) % 2**64 - 2**63)  # all 64 bits, as a signed number
         if size not in self.graphs:
             self.capture(size)
         graph, drawn = self.graphs[size]
@@ -1116,6 +1121,9 @@ def with_room(lms: list[LM], problems: list[Problem], max_new_tokens: int | None
     """The problems whose prompts have room in all contexts, and max_new_tokens. A longer one is reported and
     left out: it would cut all traces short."""
     room, max_new_tokens = room_for(lms, max_new_tokens)
+    if room < 1:
+        raise SystemExit(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
+                         "context: lower it")
     limit = min(room, max_prompt_tokens)
     remedy = f"lower --max-new-tokens {max_new_tokens}" if limit == room else "raise --max-prompt-tokens"
     long = {p.id for lm in lms for p in too_long(lm, problems, limit)}
@@ -1209,7 +1217,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.bench is not None:
         from experiments import bench_sampler
-        return bench_sampler.main(args.model, args.bench, args.data[0], pick_device(args.device))
+        given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+        if unheard := given - {"bench", "model", "data", "device", "out"}:
+            parser.error(f"--bench does not heed --{unheard.pop().replace('_', '-')}: call "
+                         "experiments/bench_sampler.py, which has flags of its own")
+        return bench_sampler.main(args.model, args.bench, args.data[0], pick_device(args.device),
+                                  **{"out": args.out} if args.out else {})
     ks = sorted(set(args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]))
     if ks[-1] > args.n:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")

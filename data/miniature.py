@@ -22,7 +22,6 @@ Left out: a judge that checks the arithmetic itself. Without a reference this on
 
 import argparse
 import json
-import math
 import os
 import random
 import re

@@ -4,10 +4,10 @@
     python experiments/bench_sampler.py --model M --judge J --data gsm8k.jsonl --tokens 256 --rows 64 16
                                      # on a GPU also: rows, context, ragged rollouts (Qwen2.5-1.5B's shape)
 
-Per line of results/sampler_bench.csv: what was done, by whom, dtype, rows, new tokens at most, useful tokens
-(up to a row's end token), wall seconds, CPU seconds of the process (what another load on the machine does not
-change), and useful tokens per second of each. Peers get the same prompts, weights and temperature. Peers
-alternate within a round; the fastest round counts.
+Per line of sampler_bench.csv (here, or where --out says): what was done, by whom, dtype, rows, new tokens at
+most, useful tokens (up to a row's end token), wall seconds, CPU seconds of the process (what another load on
+the machine does not change), and useful tokens per second of each. Peers get the same prompts, weights and
+temperature. Peers alternate within a round; the fastest round counts.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from judge import Judge  # noqa: E402
 from kernels.token_logprob import fast_dtype  # noqa: E402
 from sample import PAGE, Linear, Network, Rows, Sampler, Trace, load_lm, trace_noise  # noqa: E402
 
-OUT = ROOT / "experiments" / "results" / "sampler_bench.csv"
+OUT = Path("sampler_bench.csv")
 PARTS = "sampling", "judging", "steps", "ragged"
 COLORS = ("#1b6ca8", "#c8553d", "#7fb2d9", "#e3a899")
 
@@ -62,7 +62,7 @@ def generate(model, prompts, n, tokens, temperature, least=0):
     options = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else (
         dict(do_sample=False))
     out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=least,
-                         pad_token_id=0, **options)
+                         pad_token_id=0, repetition_penalty=1.0, **options)  # many models' own is 1.1
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     new = out[:, ids.shape[1]:].tolist()
@@ -137,6 +137,9 @@ def judging(policy, lm, problems, rounds, tokens):
     gap = max(abs(a - b) for a, b in zip(best["sample.py, shared pages"][0],
                                          best["each prompt alone, padded batches"][0]))
     print(f"  largest difference of a grade between shared pages and alone: {gap:.2g}")
+    if not math.isfinite(gap):
+        print("  no numbers: some grade could not be read, perhaps a prompt exceeds the judge's context")
+        return
     replies = race({f"transformers generate, replies of {length} tokens":
                     lambda length=length: generate(lm.model, asked, 1, length, 0.0, least=length)
                     for length in (256, 512)}
@@ -153,7 +156,7 @@ def decode_step(model, rows, context, rounds=4):
     """(wall, CPU) seconds of the fastest step: `rows` rows with `context` tokens each, no page shared."""
     width = context // PAGE + 1
     sampler, live = Sampler(model, rows, cache_gb=64), Rows(rows, width, rows, rounds + 1, 1.0, 0, [])
-    with sampler.open(rows * width + 2, width) as cache:
+    with sampler.open(rows + 2, width) as cache:
         if sampler.replay:
             live.buffer = sampler.replay.host.numpy()
         for r in range(rows):
@@ -172,7 +175,7 @@ def products(model, rows, rounds=4):
     network = Network(model)
     linears = [x for layer in network.layers for x in layer if isinstance(x, Linear)] + [network.head]
     widths = {linear.modules[0].in_features for linear in linears}
-    x = {d: torch.randn(rows, d, device=model.device).to(model.dtype) for d in widths}
+    x = {d: torch.randn(rows, d, device=model.device).to(network.dtype) for d in widths}
     times = [clock(lambda: [linear(x[linear.modules[0].in_features]) for linear in linears])[1:]
              for _ in range(rounds + 1)]
     return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
@@ -301,6 +304,10 @@ def ragged(model, deadline=90):
 
 def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=PARTS, dtypes=None, rows=(64, 16),
          tokens=256, rounds=2, judge_problems=4, out=OUT):
+    if any(r < 8 or r % 8 for r in rows):
+        raise SystemExit(f"--rows {rows}: a question has 8 traces, so take multiples of 8")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else (
         f"{cpu_name()}, {torch.get_num_threads()} threads")
     about = dict(machine=machine, torch=torch.__version__, transformers=transformers.__version__,
@@ -334,6 +341,8 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=PART
             add("bfloat16", steps(net))
         if "ragged" in what:
             add("bfloat16", ragged(net))
+    if not lines:
+        raise SystemExit("nothing was measured: judging wants --judge, ragged a GPU")
     out.parent.mkdir(exist_ok=True)
     step_lines = [line for line in lines if line["what"].startswith("decode step")]
     if step_lines:

@@ -14,6 +14,9 @@ shift 4
 parts=(${*:-tests kernels sampler step memory train})
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+for name in model train dev; do # what is a file or a folder here stays it after cd; a hub id stays as it is
+  [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"
+done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 failed=()

@@ -11,6 +11,10 @@
 set -euo pipefail
 model=$1 train=$2 dev=$3 out=$4
 shift 4
+mkdir -p "$out"
+for name in model train dev out; do # what is a file or a folder here stays it after cd; a hub id stays as it is
+  [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"
+done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 for method in outcome process grpo; do

@@ -203,6 +203,8 @@ def main(argv=None) -> None:
         if not (folder / "config.json").exists():
             parser.error(f"{folder}: no config.json there; name a run's folder")
     out = args.out or args.runs[0] / "report.html"
+    if not args.max_mb > 0 or out.is_dir() or not out.parent.is_dir():
+        parser.error(f"--max-mb {args.max_mb:g} must be above 0, and {out} a file in a folder that exists")
     tmp = out.with_name(out.name + ".tmp")
     tmp.write_bytes(render(build(args.runs, args.max_mb)))
     tmp.replace(out)  # an open page that is loaded again never meets half a file

@@ -1,7 +1,8 @@
 """Operations that deserve a GPU kernel, one per file: formula, PyTorch version, Triton version, check.
 
-The PyTorch version serves the CPU and machines without Triton, the Triton version serves CUDA. A file run
-as a program (`python kernels/token_logprob.py`) checks its results against float64, then times itself.
+The PyTorch version serves the CPU and machines without Triton, the Triton version serves CUDA. token_logprob,
+token_advantages, paged_attention and prefill_attention, run as programs (`python kernels/token_logprob.py`),
+check their results against float64, then time themselves; choose_token times itself on CUDA.
 """
 
 from .choose_token import choose_token

@@ -93,7 +93,15 @@ def test_one_problem_has_no_wrong_reference():
     with pytest.raises(SystemExit, match="there is one problem: take more --data"):
         calibrate(Stand(), PROBLEMS[:1], RECORDS[:2], "wrong")
     word, reason = check(Stand(), PROBLEMS[:1], RECORDS[:2])
-    assert word == "usable" and "no other's reference" in reason
+    assert word == "noise" and "from 1 problems" in reason and "no other's reference" in reason
+
+
+def test_few_problems_tell_nothing():
+    """A bootstrap over one problem has no width: grades at random would often pass."""
+    for count, word in ((1, "noise"), (3, "noise"), (4, "usable")):
+        asked = {p.id for p in PROBLEMS[:count]}
+        row = calibrate(Stand(), PROBLEMS[:count], [r for r in RECORDS if r["problem"] in asked], "right")
+        assert row["auroc"] == 1 and usable(row)[0] == word
 
 
 def test_one_kind_of_traces_tells_nothing():

@@ -3,9 +3,11 @@
 import gc
 import importlib
 import json
+import math
 import os
 import random
 import re
+import shutil
 import sys
 import weakref
 from collections import Counter
@@ -430,8 +432,12 @@ def test_limits_are_refused_before_sampling():
         Sampler(net).sample([[1], [1] * 40], max_new_tokens=30)
     with pytest.raises(ValueError, match="--cache-gb"):
         Sampler(net, cache_gb=1e-6).sample([[1]], max_new_tokens=30)
-    with pytest.raises(ValueError, match="negative"):
-        Sampler(net).sample([[1]], max_new_tokens=3, temperature=-1)
+    for memory in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match="--cache-gb"):
+            Sampler(net, cache_gb=memory).sample([[1]], max_new_tokens=3)
+    for temperature in (-1, 1e-39, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be 0 or"):
+            Sampler(net).sample([[1]], max_new_tokens=3, temperature=temperature)
     with pytest.raises(ValueError, match="no token"):
         Sampler(net).sample([[1], []], max_new_tokens=3)
     with pytest.raises(ValueError, match="--max-new-tokens"):
@@ -445,6 +451,10 @@ def test_model_names(tmp_path, capsys):
     assert resolve_model("me/mine") == "me/mine"
     folder = tiny.save(tmp_path / "m")
     assert resolve_model(str(folder)) == str(folder)
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "model")
+    (run / "config.json").write_text("{}")  # the run's settings
+    assert resolve_model(str(run)) == str(run / "model")
     for bad in ("mystery", "./nowhere/model", str(tmp_path)):
         with pytest.raises(SystemExit):
             resolve_model(bad)
@@ -508,10 +518,11 @@ def test_one_long_question_does_not_cut_all_traces_short(tmp_path, capsys):
     assert sample.with_room([lm], [problems[0], long], 200) == ([problems[0], long], 200)
     assert sample.with_room([lm, short], problems, 180) == (problems, 180)
     for lms, room, limit, remedy in (([lm, short], None, 2048, "lower --max-new-tokens 200"),
-                                     ([lm], None, 20, "raise --max-prompt-tokens"),
-                                     ([lm], 600, 2048, "lower --max-new-tokens 600")):
+                                     ([lm], None, 20, "raise --max-prompt-tokens")):
         with pytest.raises(SystemExit, match=f"no problem is left.*: {remedy}"):
             sample.with_room(lms, problems, room, limit)
+    with pytest.raises(SystemExit, match="--max-new-tokens 600 leaves no room for a prompt"):
+        sample.with_room([lm], problems, 600)
 
 
 @pytest.mark.parametrize("program, flags, message", [
@@ -520,8 +531,10 @@ def test_one_long_question_does_not_cut_all_traces_short(tmp_path, capsys):
         ("--max-new-tokens 0", "--max-new-tokens: must be at least 1"), ("--seed -1", "--seed: must be at"),
         ("--out .", "--out: . is a folder"), ("--out no/x", "--out: the folder no does not exist"))),
     ("sample", "--max-rows 0", "--max-rows: must be at least 1"), ("sample", "--n 2 --k 4", "and --n 2, got"),
-    ("sample", "--n 2 --limit 2 --temperature -1", "must not be negative"),
-    ("judge", "--n 2 --limit 2 --temperature -1", "must not be negative"),
+    ("sample", "--n 2 --limit 2 --temperature -1", "temperature must be 0 or at least"),
+    ("judge", "--n 2 --limit 2 --temperature -1", "temperature must be 0 or at least"),
+    ("sample", "--bench --n 4", "--bench does not heed --n"),
+    ("sample", "--max-new-tokens 100000", "leaves no room for a prompt"),
     ("sample", "--n 2 --limit 2 --max-new-tokens 8 --against nowhere", "no model 'nowhere'"),
 ])
 def test_bad_flags_end_a_program_before_its_work(program, flags, message, monkeypatch, capsys):
