@@ -1403,6 +1403,7 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          "--questions must be at least --updates x processes: in each update each needs a problem"),
         (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
          "under torchrun each process takes the GPU of its number: leave --device out"),
+        (s.seed >= 2**32, "--seed must be below 2^32: beside it a step's number has room in 64 bits"),
         (not 0 <= s.warmup <= 1, "--warmup is a share of the steps: it must lie between 0 and 1"),
         (s.judge_device.startswith("+") and not s.judge_device[1:].isdigit(),
          "--judge-device +N needs a number: the judge's GPU is the Nth after the process's own"),
@@ -1521,7 +1522,7 @@ def main(argv=None) -> None:
     if rank() == 0:
         write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
     size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
-    judge = ("no judge (exact match)" if state.judge is None
+    judge = ("no judge" + " (exact match)" * (settings.method == "grpo") if state.judge is None
              else f"judge {settings.judge}, {state.judge.about}")
     print(f"ExpRL {settings.method}: {settings.model} ({size:.1f}M parameters), {judge}, "
           f"{len(state.train)} problems, {settings.questions} x {settings.group} traces a step, "

@@ -469,6 +469,7 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
                         (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
                         (["--method", "sft", "--reference", "none"], "only under outcome or process"),
                         (["--seed", "-1"], "--seed must be at least 0"),
+                        (["--seed", str(2**32)], "--seed must be below 2^32"),
                         (["--warmup", "20"], "--warmup is a share"),
                         (["--step-view", "segment"], "--step-view has no effect under --method outcome")):
         with pytest.raises(SystemExit):
