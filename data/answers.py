@@ -46,11 +46,18 @@ _DECIMAL = re.compile(
 _STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 # "B", "(B)", "B) Venus", "(B). Venus", "B: Venus", but not "B) or C)"
 _LETTER = re.compile(r"(?:[Oo]ption )?\(?([A-Z])(?:[).:]{1,2}(?:[ \\](?:(?!\b[A-Z]\b).)+)?)?")
-# A number and a word that changes nothing: "18 books", "1,000 miles per hour". Four letters: see below.
+# Words behind a number that are more than its unit.
+_CHANGES = (r"(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|pairs?|dozens?|"
+            r"times|twice|squared|cubed|below|minus|plus|and|or|to)\b")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
+# A number, perhaps "million", and its unit: "18 books", "3 million", "1.6e-19 ' J", "9.8 ' m / ' s ^2" (a quote
+# stands for \text). Bare units have four letters or are well known: "3 m" may be a product.
 _UNIT = re.compile(
-    r"(.*[0-9.}])(?:[ ~]|\\[,;: ])+(?!(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|"
-    r"nin|ten)ths?|pairs?|dozens?|hundred\w*|thousand\w*|[mbtr]+illion\w*|times|twice|squared|cubed|below|"
-    r"minus|plus)\b)[a-z]{4,}(?: per [a-z]+)?", re.I)
+    r"(.*?[0-9.}])(?:[ ~']|\\[,;: ])+(?!.*\b" + _CHANGES + r")(?:(" + "|".join(_SCALES) + r")s?\b ?)?"
+    r"(?:[a-z]{4,}(?: [a-z]{2,}){0,3}|(?-i:[kMG]?eV|AU|[kM]?pc|ergs?|[cmk]m|kg|[kMG]?Hz|k?Pa|USD|EUR)|"
+    r"(?<=')[^0-9%]*(?:\^ ?\{? ?-?[0-9] ?\}?[^0-9%]*)*|(?<=ion)|(?<=dred)|(?<=sand))", re.I)
+_MIXED = re.compile(r"[0-9.}](?:[ ~']|\\[,;: ])+(?!times\b)[A-Za-z]{3,}[^0-9]*[0-9]")  # 2 hours 30 minutes
+_RELATION = re.compile(r"[<>\u2264\u2265]|\\[lg](?:t|eq?|eqslant)\b")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
 
 
@@ -111,12 +118,16 @@ def is_correct(text: str, answer: str) -> bool:
         ours, theirs = _decimal(one), _measured(other)
         if ours is not None and theirs is not None:
             return ours == theirs
+        if ours is not None and _MIXED.search(_quoted(other)):
+            return False  # math-verify would drop all but the first
+    if bool(_RELATION.match(gold)) != bool(_RELATION.match(guess)):
+        return False
     return _math_equal(gold, guess)
 
 
 def _clean(answer: str) -> str:
-    r"""Without dollars (money or math mode), outer \( \) or \text{}, extra spaces, a sentence's full stop."""
-    answer = " ".join(answer.replace("\\$", "").replace("$", "").replace("\u2212", "-").split())
+    r"""Without currency signs (or math mode's), outer \( \) or \text{}, extra spaces, a sentence's full stop."""
+    answer = " ".join(re.sub(r"\\?[$\u00a3\u20ac\u00a5]", "", answer).replace("\u2212", "-").split())
     if answer.startswith("\\(") and answer.endswith("\\)"):
         answer = answer[2:-2]
     styled = _STYLED.fullmatch(answer)
@@ -132,10 +143,16 @@ def _decimal(answer: str) -> Decimal | None:
     return Decimal(f"{number[1]}{whole or 0}.{number[3] or 0}e{number[4] or number[5] or 0}")
 
 
+def _quoted(answer: str) -> str:
+    return " ".join(_STYLED.sub(r" ' \1 ", answer).split())
+
+
 def _measured(answer: str) -> Decimal | None:
-    """The number before a unit (to math-verify "18 books" is a product with b, o, o, k and s)."""
-    measured = _UNIT.fullmatch(" ".join(_STYLED.sub(r" \1 ", answer).split()))
-    return _decimal(measured[1]) if measured else None
+    """The number before a unit (to math-verify "18 books" is a product with b, o, o, k and s, and 1.6e-19 J is
+    0 as good as any)."""
+    measured = _UNIT.fullmatch(_quoted(answer))
+    number = measured and _decimal(measured[1].strip())
+    return number and number.scaleb(_SCALES[measured[2].lower()] if measured[2] else 0)
 
 
 def _letter(answer: str) -> str | None:
