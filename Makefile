@@ -28,4 +28,4 @@ compare-quick: setup
 	.venv/bin/python experiments/miniature.py --quick
 
 clean:
-	rm -rf .venv runs *.egg-info
+	rm -rf .venv *.egg-info

@@ -21,7 +21,8 @@ Departures from the paper's released code, one a line:
 - one optimizer update per step by default (ratio 1, no pass for old log-probs); `--updates` for more
 - a trace is cut off if it has no end token, not if it has a certain length
 - Process: a heading opens its own step; EndNorm and GroupNorm as in the paper's equations, not as coded
-- SFT keeps the system prompt; self-distillation takes the sampler's log-probs, so the student needs one pass
+- SFT keeps the system prompt and AdamW's betas (0.9, 0.999), the paper's are (0.9, 0.95)
+- self-distillation takes the sampler's log-probs, so the student needs one pass
 Left out: asynchronous sampling, tensor parallelism, LoRA, value models, tools and several turns.
 """
 
@@ -68,7 +69,7 @@ from judge import HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, game
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
-from sample import LM, Rollout, Sampler, covers, jsonl, load_lm, pick_dtype, problems_or_exit
+from sample import LM, Refused, Rollout, Sampler, covers, jsonl, load_lm, pick_dtype, problems_or_exit
 from sample import require_plain_head, resolve_model, summary, too_long, traces_of, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
@@ -248,6 +249,9 @@ def sample_traces(state: "State", settings: Settings, step: int, places: list[in
         return references(state, settings, questions, prompts)
     rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
                                     seed=settings.seed << 32 | step, places=places)
+    if any(math.isnan(sum(r.logprobs)) for r in rollouts):
+        raise Stop("the policy's log-probs are not finite, so its weights are not: start again from an older "
+                   "checkpoint (--model CHECKPOINT) with a lower --lr")
     return Traces.of(state.policy, [p for p in questions for _ in range(settings.group)], rollouts)
 
 
@@ -604,7 +608,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
         denominator = max(total(int(batch.mask[rows].sum())), 1) / ranks()
         if settings.kl == 0 and settings.entropy_bonus == 0:
             rows = [row for row in rows if batch.advantages[row].any()]  # the others have no gradient
-        passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group)
+        passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, 1 if sft else settings.group)
         # Each process runs as many passes as the busiest: those beyond its own, of a short row, count 0.
         idle = max(gather(len(passes))) - len(passes)
         for own, rows in [(1, rows) for rows in passes] + [(0, [int(np.argmin(batch.lengths))])] * idle:
@@ -755,7 +759,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     require_plain_head(policy.model)
     train = fit(policy, train, settings, "training")
-    held_out = fit(policy, held_out[: settings.eval_limit], settings, "held-out")
+    held_out = fit(policy, some_of_each(held_out, settings.eval_limit), settings, "held-out")
     if not train:
         raise SystemExit("no training problem is left: raise --max-prompt-tokens or lower --max-new-tokens")
     if settings.checkpoint_activations:
@@ -782,7 +786,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
     if judged:
         grader.model.requires_grad_(False)
         judge = Judge(grader.model, grader.tokenizer, grader.prompts, settings.readout or None,
-                      max_rows=settings.max_rows, cache_gb=room if judge_device == device else None)
+                      max_rows=settings.max_rows,
+                      cache_gb=room if judge_device == device else settings.cache_gb or None)
         judge.check_view(settings.step_view if settings.method == "process" else "outcome")
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
     return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows, room), judge,
@@ -795,18 +800,33 @@ def cache_room(model, device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     later = (12 if ranks() == 1 else 16 / ranks()) * sum(p.numel() for p in model.parameters())
-    return max(0.3 * (torch.cuda.mem_get_info(device)[0] - later) / 2**30, 0.0)
+    free = torch.cuda.mem_get_info(device)[0]
+    if free <= later:
+        raise SystemExit(f"{device} has {free / 2**30:.1f} GB free, and gradients and optimizer will take "
+                         f"{later / 2**30:.1f}: take a smaller --model, another --judge-device, or more GPUs")
+    return 0.3 * (free - later) / 2**30
 
 
 def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     limit = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
     long = {p.id for p in too_long(policy, problems, limit)}
+    if settings.method == "distill" and kind == "training":  # the teacher's prompt holds the reference, too
+        room = context - settings.max_new_tokens
+        long |= {p.id for p in problems if len(hinted_prompt(policy, p)) > room}
     if long:
         print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds {limit} tokens "
               "(--max-prompt-tokens, or the model's context less --max-new-tokens): "
               f"{', '.join(sorted(long)[:3])} ...", file=sys.stderr)
     return [p for p in problems if p.id not in long]
+
+
+def some_of_each(problems: list[Problem], count: int) -> list[Problem]:
+    """The first so many, of each domain in turn."""
+    domains: dict[str, list[Problem]] = {}
+    for p in problems:
+        domains.setdefault(p.domain, []).append(p)
+    return [p for row in zip_longest(*domains.values()) for p in row if p is not None][:count]
 
 
 def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
@@ -1009,7 +1029,7 @@ REMEDIES = {
 
 def explain(error: BaseException, phase: str = "loading") -> str:
     """An error in a user's words; a traceback for one that nobody expected."""
-    if isinstance(error, (Stop, SystemExit)):
+    if isinstance(error, (Stop, SystemExit, Refused)):
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
         return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
@@ -1044,7 +1064,7 @@ def own_device(name: str, asked: str) -> str:
     if device not in ("cpu", *["cuda"] * min(gpus, 1), *(f"cuda:{i}" for i in range(gpus))):
         raise SystemExit(f"{name} {asked}: torch sees {gpus or 'no'} GPUs here: take cpu or auto, or look at "
                          "nvidia-smi and CUDA_VISIBLE_DEVICES")
-    return f"cuda:{local}" if device == "cuda" and ranks() > 1 else device
+    return f"cuda:{local}" if device == "cuda" else device
 
 
 def split(state: "State") -> None:
@@ -1159,7 +1179,7 @@ def check_judge(state: State, settings: Settings, bar) -> None:
     state.phase = "judging"
     with together(state):
         if rank() == 0:
-            problems = state.train[: settings.check_judge]
+            problems = some_of_each(state.train, settings.check_judge)
             records = traces_of(state.policy, problems, 4, settings.max_new_tokens, settings.temperature,
                                 settings.seed, sampler=state.sampler)
             word, reason = check(state.judge, problems, records, settings.seed)
@@ -1306,7 +1326,7 @@ CHOICES = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=
                distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
                log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
 # Flags that change what is compared in an ablation: elsewhere they would be ignored, and nobody would notice.
-ONLY = dict(reference=JUDGED, distill_kl=("distill",),
+ONLY = dict(reference=JUDGED, distill_kl=("distill",), norm=(*JUDGED, "grpo"),
             **dict.fromkeys(("process_norm", "step_credit", "step_view", "outcome_domains"), ("process",)))
 
 
@@ -1350,9 +1370,9 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
         if not (resume / "config.json").exists():
             parser.error(f"--resume {resume}: no config.json there; name a run's folder")
         base = json.loads((resume / "config.json").read_text())["settings"]
-        for name in ("model", "data", "seed", "questions", "group", "out"):
+        for name in ("model", "data", "seed", "questions", "group", "out", "method", *ONLY):
             if given.get(name, base[name]) != base[name]:
-                parser.error(f"--resume continues the same run: --{name} cannot change")
+                parser.error(f"--resume continues the same run: {flag(name)} cannot change")
     else:
         named = preset or ("miniature" if "model" not in given else "")
         values = PRESETS.get(named, {"": {}})
@@ -1391,7 +1411,10 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
         *((s.method not in methods and getattr(s, name) != getattr(Settings, name),
            f"{flag(name)} has no effect under --method {s.method}, only under {' or '.join(methods)}")
           for name, methods in ONLY.items()),
-        (s.temperature <= 0, "--temperature must be above 0: greedy traces of a problem are all the same"),
+        (not 1e-4 <= s.temperature < math.inf,
+         "--temperature must be at least 0.0001: greedy traces of a problem are all the same"),
+        (s.method == "process" and s.norm != Settings.norm and not s.outcome_domains,
+         "--norm has no effect under --method process without --outcome-domains: see --process-norm"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),
         (s.group < 2, "--group must be at least 2: a trace is compared with the others of its problem"),
@@ -1409,7 +1432,8 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          "--judge-device +N needs a number: the judge's GPU is the Nth after the process's own"),
         (max(s.eval_k) > s.eval_n or min(s.eval_k) < 1,
          f"--eval-k must lie between 1 and --eval-n {s.eval_n}"),
-        (not s.lr > 0 or s.kl < 0 or s.grad_clip <= 0, "need --lr > 0, --kl >= 0, --grad-clip > 0"),
+        (not 0 < s.lr < math.inf or s.kl < 0 or s.grad_clip <= 0,
+         "need --lr > 0, --kl >= 0, --grad-clip > 0"),
         (not 0 <= s.clip_low <= 1 or s.clip_high < 0 or s.dual_clip <= 1,
          "need 0 <= --clip-low <= 1, --clip-high >= 0, --dual-clip > 1"),
     ]
@@ -1478,8 +1502,9 @@ def resume_run(run: Path, settings: Settings) -> State:
     if checkpoint:
         restore(state, checkpoint)
     if fingerprint(state.train) != json.loads((run / "config.json").read_text())["train_fingerprint"]:
-        raise SystemExit(f"the training data is not the one {run} was started with: "
-                         "restore it, or start a new run")
+        raise SystemExit(f"the training data is not the one {run} was started with: restore it (and "
+                         "--max-prompt-tokens and --max-new-tokens, by which prompts are left out), or start "
+                         "a new run")
     print(f"resuming {run} after step {state.step} of {settings.steps}")
     return state
 

@@ -75,6 +75,10 @@ PAGE = 32  # tokens. On a CPU 32 to 128 cost the same, 16 a third more; small pa
 TOKEN, LENGTH, TRACE, POSITION, PLACE, FIRST_PAGE = range(6)  # columns of a step's input; then a row's pages
 
 
+class Refused(ValueError):
+    """What was asked for cannot be done; the message names the flag to change."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled trace. `token_ids` holds the end token if one was sampled; `logprobs[i]` belongs to
@@ -156,7 +160,9 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
                                                          trust_remote_code=False, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:  # raised for a missing, offline or gated repository
+    except ValueError as error:  # of what is there
+        raise SystemExit(f"cannot load {path}: {error}") from error
+    except OSError as error:  # a missing, offline or gated repository
         raise SystemExit(
             f"cannot load {path}: {str(error).strip().splitlines()[0]}\n"
             "  - no network? download the repository elsewhere and give its folder: --model /path/to/folder\n"
@@ -618,10 +624,10 @@ class Sampler:
     ) -> list[Rollout]:
         """n traces for each prompt, prompt-major: the traces of prompt i are [i*n : (i+1)*n].
 
-        Raises ValueError when prompt + max_new_tokens exceeds the model's context or the cache's memory."""
+        Raises Refused when prompt + max_new_tokens exceeds the model's context or the cache's memory."""
         self.check(prompts, n, temperature, [len(p) + max_new_tokens for p in prompts])
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, no room for a token: raise "
+            raise Refused(f"max_new_tokens is {max_new_tokens}, no room for a token: raise "
                              "--max-new-tokens or drop the longest prompts")
         if not prompts or not n:
             return []
@@ -865,7 +871,7 @@ class Sampler:
         for i, (prompt, some) in enumerate(zip(prompts, forks, strict=True)):
             cuts = [cut for cut, _, _ in some]
             if not all(0 < cut <= len(prompt) for cut in cuts):
-                raise ValueError(f"prompt {i} of {len(prompt)} tokens cannot be cut at {cuts}")
+                raise Refused(f"prompt {i} of {len(prompt)} tokens cannot be cut at {cuts}")
         if not self.covered:
             for prompt, some in zip(prompts, forks):
                 for cut, suffix, rows in some:
@@ -933,7 +939,7 @@ class Sampler:
         page = math.prod(shape) * dtype.itemsize
         if self.cache_gb is not None:
             if not 0 < self.cache_gb < math.inf:
-                raise ValueError(f"--cache-gb must be a number of gigabytes, got {self.cache_gb}")
+                raise Refused(f"--cache-gb must be a number of gigabytes, got {self.cache_gb}")
             budget = self.cache_gb * 2**30
         elif model.device.type == "cuda":
             budget = 0.6 * torch.cuda.mem_get_info(model.device)[0]
@@ -941,7 +947,7 @@ class Sampler:
             budget = 4 * 2**30
         least = page * (longest + 2)  # and a copy of a prompt's last page, and the page of padding rows
         if least > budget:
-            raise ValueError(
+            raise Refused(
                 f"one trace of {longest * PAGE} tokens needs {least / 2**30:.3g} GB of cache, "
                 f"{budget / 2**30:.3g} GB are there: lower --max-new-tokens or raise --cache-gb")
         shape[2] = min(wanted, int(budget // page))
@@ -950,14 +956,14 @@ class Sampler:
     def check(self, prompts, n, temperature, needed) -> None:
         """needed: tokens of each prompt with all that is to follow it."""
         if not (temperature == 0 or 1e-4 <= temperature < math.inf) or n < 0:
-            raise ValueError("temperature must be 0 or at least 0.0001, and n not negative, got "
+            raise Refused("temperature must be 0 or at least 0.0001, and n not negative, got "
                              f"{temperature} and {n}")
         limit = getattr(self.model.config, "max_position_embeddings", None)
         for i, (prompt, length) in enumerate(zip(prompts, needed, strict=True)):
             if not prompt:
-                raise ValueError(f"prompt {i} has no token")
+                raise Refused(f"prompt {i} has no token")
             if limit and length > limit:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones "
+                raise Refused(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones "
                                  f"it exceeds the model's context of {limit}: "
                                  "lower --max-new-tokens or drop the problem")
 

@@ -47,11 +47,11 @@ _STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\
 # "B", "(B)", "B) Venus", "(B). Venus", "B: Venus", but not "B) or C)"
 _LETTER = re.compile(r"(?:[Oo]ption )?\(?([A-Z])(?:[).:]{1,2}(?:[ \\](?:(?!\b[A-Z]\b).)+)?)?")
 # Words behind a number that are more than its unit.
-_CHANGES = (r"(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|pairs?|dozens?|"
-            r"times|twice|squared|cubed|below|minus|plus|and|or|to)\b")
+_CHANGES = (r"(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|pairs?|"
+            r"dozens?|times|twice|squared|cubed|below|minus|plus|and|or|to)\b")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
-# A number, perhaps "million", and its unit: "18 books", "3 million", "1.6e-19 ' J", "9.8 ' m / ' s ^2" (a quote
-# stands for \text). Bare units have four letters or are well known: "3 m" may be a product.
+# A number, perhaps "million", and its unit: "18 books", "3 million", "1.6e-19 ' J", "9.8 ' m / ' s ^2" (a
+# quote stands for \text). Bare units have four letters or are well known: "3 m" may be a product.
 _UNIT = re.compile(
     r"(.*?[0-9.}])(?:[ ~']|\\[,;: ])+(?!.*\b" + _CHANGES + r")(?:(" + "|".join(_SCALES) + r")s?\b ?)?"
     r"(?:[a-z]{4,}(?: [a-z]{2,}){0,3}|(?-i:[kMG]?eV|AU|[kM]?pc|ergs?|[cmk]m|kg|[kMG]?Hz|k?Pa|USD|EUR)|"
@@ -126,7 +126,7 @@ def is_correct(text: str, answer: str) -> bool:
 
 
 def _clean(answer: str) -> str:
-    r"""Without currency signs (or math mode's), outer \( \) or \text{}, extra spaces, a sentence's full stop."""
+    r"""Without currency and math mode's dollars, outer \( \) or \text{}, extra spaces, a final full stop."""
     answer = " ".join(re.sub(r"\\?[$\u00a3\u20ac\u00a5]", "", answer).replace("\u2212", "-").split())
     if answer.startswith("\\(") and answer.endswith("\\)"):
         answer = answer[2:-2]
@@ -148,8 +148,8 @@ def _quoted(answer: str) -> str:
 
 
 def _measured(answer: str) -> Decimal | None:
-    """The number before a unit (to math-verify "18 books" is a product with b, o, o, k and s, and 1.6e-19 J is
-    0 as good as any)."""
+    """The number before a unit. (To math-verify "18 books" is a product with b, o, o, k and s, and 1.6e-19 J
+    equals 1.7e-19 J.)"""
     measured = _UNIT.fullmatch(_quoted(answer))
     number = measured and _decimal(measured[1].strip())
     return number and number.scaleb(_SCALES[measured[2].lower()] if measured[2] else 0)

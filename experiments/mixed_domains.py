@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--csv", type=Path, default=ROOT / "experiments/results/mixed_domains.csv")
     args = parser.parse_args()
+    args.out = args.out.absolute()
     args.out.mkdir(parents=True)
     rng, files = random.Random(0), {"train": [], "held_out": []}
     for split, count in (("train", 200), ("held_out", 40)):

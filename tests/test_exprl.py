@@ -36,6 +36,27 @@ def build(world, *more):
 # ---- pure pieces -------------------------------------------------------------------------------------------
 
 
+def test_few_problems_are_of_all_domains():
+    problems = [Problem(f"p/{i}", "q", "s", "a", "science" if i > 5 else "math") for i in range(8)]
+    assert [p.id for p in exprl.some_of_each(problems, 5)] == ["p/0", "p/6", "p/1", "p/7", "p/2"]
+    assert exprl.some_of_each(problems[:6], 9) == problems[:6] and exprl.some_of_each([], 3) == []
+
+
+def test_a_teacher_s_prompt_must_fit_too(world, capsys):
+    state, settings = build(world, "--method", "distill", "--kl", 0)
+    long = dataclasses.replace(state.train[0], id="long", solution="because " * 2000)
+    assert exprl.fit(state.policy, [*state.train, long], settings, "training") == state.train
+    assert "long" in capsys.readouterr().err
+    assert exprl.fit(state.policy, [long], dataclasses.replace(settings, method="outcome"), "training") == [long]
+
+
+def test_weights_that_are_not_finite_end_the_run(world):
+    state, settings = build(world)
+    state.policy.model.get_output_embeddings().weight.data.fill_(math.nan)
+    with pytest.raises(exprl.Stop, match="not finite"):
+        exprl.sample_traces(state, settings, 1, [0])
+
+
 def test_batches_are_a_function_of_seed_and_step_and_straddle_epochs():
     problems = [Problem(f"p/{i}", "q", "s", "a", "math") for i in range(7)]
     s = Settings(questions=3, seed=5)
@@ -432,7 +453,8 @@ def test_bad_starts_name_the_remedy_before_any_model_is_loaded(world, tmp_path):
 
 
 def test_resume_refuses_another_run(world, whole, tmp_path):
-    for more, word in ((["--seed", 9], "--seed"), (["--data", world[0] / "eval.jsonl"], "--data")):
+    for more, word in ((["--seed", 9], "--seed"), (["--data", world[0] / "eval.jsonl"], "--data"),
+                       (["--method", "grpo"], "--method cannot change"), (["--norm", "mean"], "--norm cannot")):
         done = tiny.inside("--resume", whole[0], *more, check=False)
         assert done.returncode and word in done.stderr
     done = tiny.inside("--resume", tmp_path, check=False)
@@ -470,6 +492,8 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
                         (["--method", "sft", "--reference", "none"], "only under outcome or process"),
                         (["--seed", "-1"], "--seed must be at least 0"),
                         (["--seed", str(2**32)], "--seed must be below 2^32"),
+                        (["--lr", "inf"], "need --lr > 0"), (["--temperature", "inf"], "at least 0.0001"),
+                        (["--method", "process", "--norm", "mean"], "--norm has no effect"),
                         (["--warmup", "20"], "--warmup is a share"),
                         (["--step-view", "segment"], "--step-view has no effect under --method outcome")):
         with pytest.raises(SystemExit):
@@ -527,4 +551,5 @@ def test_the_cache_leaves_room_for_gradients_and_moments(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * size + 2**31, 2**40))
     assert exprl.cache_room(net, "cuda:0") == pytest.approx(0.6)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, 2**40))
-    assert exprl.cache_room(net, "cuda:0") == 0  # the sampler then names --cache-gb
+    with pytest.raises(SystemExit, match="take a smaller --model, another --judge-device, or more GPUs"):
+        exprl.cache_room(net, "cuda:0")
