@@ -10,7 +10,7 @@ math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for y
 no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces:
 the worker dies, the verdict is False, the next question starts a new worker.
 
-Left out: tolerance (0.33 is not 1/3), conversion of units, proofs, code.
+Left out: tolerance (0.33 is not 1/3; math-verify compares six decimals), conversion of units, proofs, code.
 Try the worker: echo '["\\frac12", "0.5"]' | python data/answers.py    (replies: ready, 1)
 """
 import atexit
