@@ -160,14 +160,12 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
                                                          trust_remote_code=False, attn_implementation="sdpa")
-    except ValueError as error:  # of what is there
-        raise SystemExit(f"cannot load {path}: {error}") from error
-    except OSError as error:  # a missing, offline or gated repository
+    except (OSError, ValueError) as error:  # raised for a missing, offline or gated repository
+        hub = ("\n  - no network? download the repository elsewhere and give its folder: --model /the/folder"
+               "\n  - already in a cache? set HF_HOME to it (and HF_HUB_OFFLINE=1)"
+               "\n  - a gated model? accept its licence on the hub and log in with `hf auth login`")
         raise SystemExit(
-            f"cannot load {path}: {str(error).strip().splitlines()[0]}\n"
-            "  - no network? download the repository elsewhere and give its folder: --model /path/to/folder\n"
-            "  - already in a cache? set HF_HOME to it (and HF_HUB_OFFLINE=1)\n"
-            "  - a gated model? accept its licence on the hub and log in with `hf auth login`\n"
+            f"cannot load {path}: {str(error).strip().splitlines()[0]}{'' if Path(path).is_dir() else hub}\n"
             "  - only .bin weights? convert them to safetensors first; pickled weights are never loaded"
         ) from error
     if tokenizer.chat_template is None:
