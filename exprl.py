@@ -65,7 +65,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import MINIATURE, Problem, is_correct
-from judge import HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
+from judge import DOMAINS, HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
@@ -748,6 +748,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
     if dtype != asked:
         print("this CPU has no instructions for bfloat16, which would be many times slower: float32 is taken",
               file=sys.stderr)
+    for name in (settings.model, *[settings.judge] * (settings.method in JUDGED)):
+        resolve_model(name)  # before the data: a name that is none must not wait for the hub
     train = problems_or_exit(settings.data, "train", skip_bad_rows=settings.skip_bad_rows,
                              need_solution=settings.method != "grpo" and settings.reference != "none")
     domains = sorted({p.domain for p in train})
@@ -788,6 +790,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
         judge = Judge(grader.model, grader.tokenizer, grader.prompts, settings.readout or None,
                       max_rows=settings.max_rows,
                       cache_gb=room if judge_device == device else settings.cache_gb or None)
+        if not grader.prompts and (others := sorted({p.domain for p in train}.difference(DOMAINS))):
+            print(f"judge.DOMAINS has no entry for {', '.join(others)}: graded as math", file=sys.stderr)
         judge.check_view(settings.step_view if settings.method == "process" else "outcome")
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
     return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows, room), judge,
@@ -1326,8 +1330,10 @@ CHOICES = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=
                distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
                log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
 # Flags that change what is compared in an ablation: elsewhere they would be ignored, and nobody would notice.
-ONLY = dict(reference=JUDGED, distill_kl=("distill",), norm=(*JUDGED, "grpo"),
-            **dict.fromkeys(("process_norm", "step_credit", "step_view", "outcome_domains"), ("process",)))
+IGNORED_BY = dict(reference=("grpo", "sft", "distill"), distill_kl=(*JUDGED, "grpo", "sft"),
+                  norm=("sft", "distill"), **dict.fromkeys(
+                      ("process_norm", "step_credit", "step_view", "outcome_domains"),
+                      ("outcome", "grpo", "sft", "distill")))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -1367,10 +1373,11 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
     if resume:
-        if not (resume / "config.json").exists():
-            parser.error(f"--resume {resume}: no config.json there; name a run's folder")
-        base = json.loads((resume / "config.json").read_text())["settings"]
-        for name in ("model", "data", "seed", "questions", "group", "out", "method", *ONLY):
+        config = resume / "config.json"  # a model's folder has one, too
+        base = json.loads(config.read_text()).get("settings") if config.exists() else None
+        if base is None:
+            parser.error(f"--resume {resume}: no config.json of a run there; name a run's folder")
+        for name in ("model", "data", "seed", "questions", "group", "out", "method", *IGNORED_BY):
             if given.get(name, base[name]) != base[name]:
                 parser.error(f"--resume continues the same run: {flag(name)} cannot change")
     else:
@@ -1408,9 +1415,8 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
     return [
         *((getattr(s, name) < low, f"{flag(name)} must be at least {low}") for name, low in least.items()),
         *((value != value, f"{flag(name)} must be a number") for name, value in vars(s).items()),
-        *((s.method not in methods and getattr(s, name) != getattr(Settings, name),
-           f"{flag(name)} has no effect under --method {s.method}, only under {' or '.join(methods)}")
-          for name, methods in ONLY.items()),
+        *((s.method in methods and getattr(s, name) != getattr(Settings, name),
+           f"{flag(name)} has no effect under --method {s.method}") for name, methods in IGNORED_BY.items()),
         (not 1e-4 <= s.temperature < math.inf,
          "--temperature must be at least 0.0001: greedy traces of a problem are all the same"),
         (s.method == "process" and s.norm != Settings.norm and not s.outcome_domains,
@@ -1544,7 +1550,7 @@ def main(argv=None) -> None:
         raise SystemExit(str(stop) if rank() == 0 else 1) from stop
     config = {"settings": dataclasses.asdict(settings), "train_fingerprint": fingerprint(state.train),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
-    if rank() == 0:
+    if rank() == 0 and state.step < settings.steps:  # else nothing will be done with these settings
         write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
     size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
     judge = ("no judge" + " (exact match)" * (settings.method == "grpo") if state.judge is None
@@ -1558,7 +1564,9 @@ def main(argv=None) -> None:
         run_training(state, settings, run)
     except Stop as stop:
         print(f"\n{stop}; {go_on}", file=sys.stderr)
-        raise SystemExit(0 if str(stop).startswith("stopped by") else 1) from stop
+        # a signal's own exit status, so that a script does not go on with what comes next
+        by = str(stop).removeprefix("stopped by ") if str(stop).startswith("stopped by ") else ""
+        raise SystemExit((128 + signal.Signals[by] if ranks() == 1 else 0) if by else 1) from stop
     except Exception as error:
         raise SystemExit(f"{explain(error, state.phase)}\n{go_on}") from error
     finally:
@@ -1567,8 +1575,9 @@ def main(argv=None) -> None:
     print(closing_table(run, settings))
     print(f"run: {run}   (metrics.jsonl, rollouts.jsonl, model/)")
     if settings.model == PRESETS["miniature"][""]["model"]:
-        print("next: the same with sparse rewards, to compare:  python exprl.py --method grpo\n"
-              "      on a real model:                           "
+        if settings.method != "grpo":
+            print("next: the same with sparse rewards, to compare:  python exprl.py --method grpo")
+        print("next: on a real model:                           "
               "python exprl.py --model Qwen2.5-0.5B-Instruct")
     else:
         print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16")

@@ -204,6 +204,7 @@ def benchmark(device, N, csv_file):
                           f"{extra[way] / 1e6:.1f}"])
     if csv_file:
         header = "date machine versions dtype N d V pass way clock ms floor_share extra_mb".split()
+        Path(csv_file).parent.mkdir(parents=True, exist_ok=True)
         with open(csv_file, "w", newline="") as file:
             csv.writer(file).writerows([header, *lines])
 

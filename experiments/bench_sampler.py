@@ -343,7 +343,7 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=PART
             add("bfloat16", ragged(net))
     if not lines:
         raise SystemExit("nothing was measured: judging wants --judge, ragged a GPU")
-    out.parent.mkdir(exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     step_lines = [line for line in lines if line["what"].startswith("decode step")]
     if step_lines:
         kind = "wall" if device.startswith("cuda") else "cpu"

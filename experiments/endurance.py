@@ -53,7 +53,7 @@ def disturbed(run: Path, steps: int, count: int, rng: random.Random) -> list[tup
             break
         number = rng.choice([signal.SIGKILL, signal.SIGTERM])
         process.send_signal(number)
-        if process.wait() not in (0, -signal.SIGKILL):
+        if process.wait() not in (0, -signal.SIGKILL, 128 + signal.SIGTERM):
             raise SystemExit(f"{number.name} ended the run with {process.returncode}")
         kills.append((completed(run), number.name))
         print(f"step {kills[-1][0]}: {number.name}", flush=True)
@@ -120,8 +120,10 @@ def main():
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, required=True, help="folder of the two runs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS,
+                        help="folder of table and figure; default: the published results, which they replace")
     args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
     whole, killed = args.out / "whole", args.out / "killed"
     if start(*FLAGS, "--steps", str(args.steps), "--out", str(whole.resolve())).wait():
         raise SystemExit("the undisturbed run failed; its message stands above")

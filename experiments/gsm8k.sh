@@ -18,7 +18,21 @@ done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 for method in outcome process grpo; do
-  [ -e "$out/$method/model" ] || "$python" exprl.py --model "$model" --data "$train" --eval-data "$dev" --method "$method" \
+  [ ! -e "$out/$method/model" ] || continue
+  if [ -e "$out/$method/config.json" ]; then # stopped before
+    "$python" exprl.py --resume "$out/$method"
+  else
+    "$python" exprl.py --model "$model" --data "$train" --eval-data "$dev" --method "$method" --steps 100 \
+      --questions 32 --group 8 --max-new-tokens 512 --lr 2e-6 --eval-every 50 --eval-limit 400 --eval-n 4 \
+      --eval-k 1 4 --save-every 50 --out "$out/$method" "$@"
+  fi
+done
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+for method in outcome process grpo; do
+  [ ! -e "$out/$method/model" ] || continue
+  [ ! -e "$out/$method/config.json" ] || { "$python" exprl.py --resume "$out/$method" && continue; } # after a stop
+  "$python" exprl.py --model "$model" --data "$train" --eval-data "$dev" --method "$method" \
     --steps 100 --questions 32 --group 8 --max-new-tokens 512 --lr 2e-6 --eval-every 50 --eval-limit 400 --eval-n 4 \
     --eval-k 1 4 --save-every 50 --out "$out/$method" "$@"
 done

@@ -30,10 +30,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder for data and run")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--csv", type=Path, default=ROOT / "experiments/results/mixed_domains.csv")
+    parser.add_argument("--csv", type=Path, default=ROOT / "experiments/results/mixed_domains.csv",
+                        help="default: the published results, which it replaces")
     args = parser.parse_args()
     args.out = args.out.absolute()
+    if args.out.exists():
+        parser.error(f"{args.out} exists: name a new folder")
     args.out.mkdir(parents=True)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
     rng, files = random.Random(0), {"train": [], "held_out": []}
     for split, count in (("train", 200), ("held_out", 40)):
         for kind, depths in KINDS.items():

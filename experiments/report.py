@@ -200,8 +200,9 @@ def main(argv=None) -> None:
                         help="of traces; beyond it, those of every n-th step only (default: 60)")
     args = parser.parse_args(argv)
     for folder in args.runs:
-        if not (folder / "config.json").exists():
-            parser.error(f"{folder}: no config.json there; name a run's folder")
+        config = folder / "config.json"  # a model's folder has one, too
+        if not config.exists() or "settings" not in json.loads(config.read_text()):
+            parser.error(f"{folder}: no config.json of a run there; name a run's folder")
     out = args.out or args.runs[0] / "report.html"
     if not args.max_mb > 0 or out.is_dir() or not out.parent.is_dir():
         parser.error(f"--max-mb {args.max_mb:g} must be above 0, and {out} a file in a folder that exists")

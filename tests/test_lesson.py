@@ -95,7 +95,7 @@ def test_the_glossary_has_the_names_that_a_run_writes(world, tmp_path):
 
 # ---- ablations ---------------------------------------------------------------------------------------------
 
-FLAGS = {"reward": ["--method", "brief"], "advantage": ["--norm", "rank"],
+FLAGS = {"reward": ["--method", "brief", "--norm", "mean"], "advantage": ["--norm", "rank"],
          "judge_prompt": ["--readout", "expected"], "domain": ["--readout", "expected"],
          "kernel": []}
 
