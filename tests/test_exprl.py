@@ -491,7 +491,7 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
     for flags, word in ((["--kl", "nan"], "--kl must be a number"), (["--grad-clip", "nan"], "--grad-clip"),
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
                         (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
-                        (["--method", "sft", "--reference", "none"], "only under outcome or process"),
+                        (["--method", "sft", "--reference", "none"], "--reference has no effect"),
                         (["--seed", "-1"], "--seed must be at least 0"),
                         (["--seed", str(2**32)], "--seed must be below 2^32"),
                         (["--lr", "inf"], "need --lr > 0"), (["--temperature", "inf"], "at least 0.0001"),
