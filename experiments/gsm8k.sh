@@ -27,13 +27,4 @@ for method in outcome process grpo; do
       --eval-k 1 4 --save-every 50 --out "$out/$method" "$@"
   fi
 done
-cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
-for method in outcome process grpo; do
-  [ ! -e "$out/$method/model" ] || continue
-  [ ! -e "$out/$method/config.json" ] || { "$python" exprl.py --resume "$out/$method" && continue; } # after a stop
-  "$python" exprl.py --model "$model" --data "$train" --eval-data "$dev" --method "$method" \
-    --steps 100 --questions 32 --group 8 --max-new-tokens 512 --lr 2e-6 --eval-every 50 --eval-limit 400 --eval-n 4 \
-    --eval-k 1 4 --save-every 50 --out "$out/$method" "$@"
-done
 "$python" experiments/report.py "$out/outcome" "$out/process" "$out/grpo" --out "$out/report.html"
