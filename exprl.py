@@ -69,8 +69,9 @@ from judge import DOMAINS, HEADING, READOUTS, Judge, Verdict, check, corr_in_gro
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
-from sample import LM, Refused, Rollout, Sampler, covers, jsonl, load_lm, pick_dtype, problems_or_exit
-from sample import require_plain_head, resolve_model, summary, too_long, traces_of, write_atomically
+from sample import LM, Refused, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype
+from sample import problems_or_exit, require_plain_head, resolve_model, summary, too_long, traces_of
+from sample import write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
 # The name has no mask function registered with it, so transformers builds no mask.
@@ -525,11 +526,15 @@ TEACHER = (
 )
 
 
-def hinted_prompt(policy: LM, problem: Problem) -> list[int]:
-    """The teacher's prompt of self-distillation: the policy's own, with the reference behind the question."""
+def hinted_question(policy: LM, problem: Problem) -> str:
+    """What the teacher of self-distillation is asked: the question, with the reference behind it."""
     slots = {"{question}": problem.question, "{reference}": problem.solution}
-    return policy.chat(re.sub(r"\{(?:question|reference)\}", lambda m: slots[m[0]],
-                              policy.prompts.get("distill", TEACHER)))
+    return re.sub(r"\{(?:question|reference)\}", lambda m: slots[m[0]],
+                  policy.prompts.get("distill", TEACHER))
+
+
+def hinted_prompt(policy: LM, problem: Problem) -> list[int]:
+    return policy.chat(hinted_question(policy, problem))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -816,8 +821,8 @@ def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> l
     limit = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
     long = {p.id for p in too_long(policy, problems, limit)}
     if settings.method == "distill" and kind == "training":  # the teacher's prompt holds the reference, too
-        room = context - settings.max_new_tokens
-        long |= {p.id for p in problems if len(hinted_prompt(policy, p)) > room}
+        hinted = [replace(p, question=hinted_question(policy, p)) for p in problems]
+        long |= {p.id for p in too_long(policy, hinted, context - settings.max_new_tokens)}
     if long:
         print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds {limit} tokens "
               "(--max-prompt-tokens, or the model's context less --max-new-tokens): "
@@ -1061,13 +1066,8 @@ def in_order(places: list[int], items: list) -> list:
 
 def own_device(name: str, asked: str) -> str:
     """What the flag of this name asks for, for this process."""
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    device = f"cuda:{local + int(asked)}" if asked.startswith("+") else asked
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device not in ("cpu", *["cuda"] * min(gpus, 1), *(f"cuda:{i}" for i in range(gpus))):
-        raise SystemExit(f"{name} {asked}: torch sees {gpus or 'no'} GPUs here: take cpu or auto, or look at "
-                         "nvidia-smi and CUDA_VISIBLE_DEVICES")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = pick_device(f"cuda:{local + int(asked)}" if asked.startswith("+") else asked, f"{name} {asked}")
     return f"cuda:{local}" if device == "cuda" else device
 
 

@@ -626,7 +626,7 @@ class Sampler:
         self.check(prompts, n, temperature, [len(p) + max_new_tokens for p in prompts])
         if max_new_tokens < 1:
             raise Refused(f"max_new_tokens is {max_new_tokens}, no room for a token: raise "
-                             "--max-new-tokens or drop the longest prompts")
+                          "--max-new-tokens or drop the longest prompts")
         if not prompts or not n:
             return []
         ends = end_tokens(self.model) if end_ids is None else end_ids
@@ -955,15 +955,15 @@ class Sampler:
         """needed: tokens of each prompt with all that is to follow it."""
         if not (temperature == 0 or 1e-4 <= temperature < math.inf) or n < 0:
             raise Refused("temperature must be 0 or at least 0.0001, and n not negative, got "
-                             f"{temperature} and {n}")
+                          f"{temperature} and {n}")
         limit = getattr(self.model.config, "max_position_embeddings", None)
         for i, (prompt, length) in enumerate(zip(prompts, needed, strict=True)):
             if not prompt:
                 raise Refused(f"prompt {i} has no token")
             if limit and length > limit:
-                raise Refused(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones "
-                                 f"it exceeds the model's context of {limit}: "
-                                 "lower --max-new-tokens or drop the problem")
+                raise Refused(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones it "
+                              f"exceeds the model's context of {limit}: lower --max-new-tokens or drop the "
+                              "problem")
 
 
 class Graphs:
@@ -1093,12 +1093,15 @@ def problems_or_exit(specs, split: str, **options) -> list[Problem]:
         return load_problems(list(specs), split=split, **options)
 
 
-def pick_device(device: str) -> str:
-    found = torch.cuda.is_available()
-    if device not in ("auto", "cpu") and not (found and device.startswith("cuda")):
-        raise SystemExit(f"--device {device}: not a device that torch sees here: take cpu or auto, or "
-                         "look at nvidia-smi and CUDA_VISIBLE_DEVICES")
-    return ("cuda" if found else "cpu") if device == "auto" else device
+def pick_device(device: str, said: str = "") -> str:
+    """said: the flag as it was given, for the message; default: --device."""
+    gpus = torch.cuda.device_count()
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device not in ("cpu", *["cuda"] * min(gpus, 1), *(f"cuda:{i}" for i in range(gpus))):
+        raise SystemExit(f"{said or f'--device {device}'}: torch sees {gpus or 'no'} GPUs here: take cpu or "
+                         "auto, or look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return device
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:

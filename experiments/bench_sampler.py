@@ -47,6 +47,12 @@ def clock(run):
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
 
+def fastest(run, rounds):
+    """(wall, CPU) seconds, each of its fastest round, after one that does not count."""
+    times = [clock(run)[1:] for _ in range(rounds + 1)]
+    return tuple(map(min, zip(*times[1:])))
+
+
 def padded(model, prompts):
     """Left-padded ids and mask, as generate wants them."""
     width, pad = max(map(len, prompts)), model.generation_config.pad_token_id or 0
@@ -163,10 +169,10 @@ def decode_step(model, rows, context, rounds=4):
             live.noise[r] = trace_noise(0, r, rounds + 1)
             live.add(Trace([0] * (context + 1), r, r, pages=cache.take(width)))
         cache.pool.fill_(0.01)  # memory that was never written would all be read from one place
-        times = [clock(lambda: sampler.step(cache, live))[1:] for _ in range(rounds + 1)]
+        took = fastest(lambda: sampler.step(cache, live), rounds)
         for trace in live.traces:
             cache.drop(trace.pages)
-    return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
+    return took
 
 
 @torch.inference_mode()
@@ -176,9 +182,7 @@ def products(model, rows, rounds=4):
     linears = [x for layer in network.layers for x in layer if isinstance(x, Linear)] + [network.head]
     widths = {linear.modules[0].in_features for linear in linears}
     x = {d: torch.randn(rows, d, device=model.device).to(network.dtype) for d in widths}
-    times = [clock(lambda: [linear(x[linear.modules[0].in_features]) for linear in linears])[1:]
-             for _ in range(rounds + 1)]
-    return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
+    return fastest(lambda: [linear(x[linear.modules[0].in_features]) for linear in linears], rounds)
 
 
 @torch.inference_mode()
@@ -186,8 +190,7 @@ def prefill(model, prompts=64, tokens=300, rounds=4):
     """(wall, CPU) seconds of the fastest prefill of different prompts."""
     ids = [[(i * t) % 997 for t in range(tokens)] for i in range(1, prompts + 1)]
     sampler = Sampler(model)
-    times = [clock(lambda: sampler.next_logits(ids, [0]))[1:] for _ in range(rounds + 1)]
-    return min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:])
+    return fastest(lambda: sampler.next_logits(ids, [0]), rounds)
 
 
 def steps(model):
