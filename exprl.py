@@ -215,7 +215,7 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
         records = trace_records(step, traces, batch)
     records = in_order(places, records)
     metrics = trace_metrics(settings, records)
-    if metrics["unread"] > settings.max_unread:
+    if (metrics["unread"] or 0) > settings.max_unread:
         raise Stop(f"step {step}: {metrics['unread']:.0%} of the grades could not be read, more than "
                    f"--max-unread {settings.max_unread:.0%}. The judge's replies stand at the end of "
                    "rollouts.jsonl; calibrate it with `python judge.py`, or take another --judge or "
@@ -276,7 +276,7 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
         "length": tokens / len(records),
         "headings": mean(len(HEADING.findall(r["text"])) for r in records),
         "cut_off": mean(not r["finished"] for r in records),
-        "unread": mean(None in r["grades"] for r in graded) or 0.0,
+        "unread": (mean(None in r["grades"] for r in graded) or 0.0) if judged else None,
         "zero_groups": mean(not any(moving[i : i + group]) for i in range(0, len(records), group)),
     }
     domains = sorted({r["domain"] for r in records})
@@ -1380,6 +1380,9 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
         for name in ("model", "data", "seed", "questions", "group", "out", "method", *IGNORED_BY):
             if given.get(name, base[name]) != base[name]:
                 parser.error(f"--resume continues the same run: {flag(name)} cannot change")
+        for name, value in given.items():
+            if value != base[name]:
+                print(f"from here on {flag(name)} {value}, it was {base[name]}", file=sys.stderr)
     else:
         named = preset or ("miniature" if "model" not in given else "")
         values = PRESETS.get(named, {"": {}})
@@ -1423,7 +1426,8 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          "--norm has no effect under --method process without --outcome-domains: see --process-norm"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),
-        (s.group < 2, "--group must be at least 2: a trace is compared with the others of its problem"),
+        (s.group < 2 and s.method not in ("sft", "distill"),
+         "--group must be at least 2: a trace is compared with the others of its problem"),
         (s.updates > 1 and s.method in ("sft", "distill"),
          f"--method {s.method} has no ratio to clip: --updates must be 1"),
         (s.method == "distill" and s.distill_kl == "full" and (s.kl != 0 or s.entropy_bonus != 0),
@@ -1556,7 +1560,8 @@ def main(argv=None) -> None:
     judge = ("no judge" + " (exact match)" * (settings.method == "grpo") if state.judge is None
              else f"judge {settings.judge}, {state.judge.about}")
     print(f"ExpRL {settings.method}: {settings.model} ({size:.1f}M parameters), {judge}, "
-          f"{len(state.train)} problems, {settings.questions} x {settings.group} traces a step, "
+          f"{len(state.train)} problems, {settings.questions} "
+          + ("references" if settings.method == "sft" else f"x {settings.group} traces") + " a step, "
           + (f"{ranks()} processes, " if ranks() > 1 else "")
           + f"{state.device} {str(state.dtype)[6:]}; run {run}")
     go_on = f"to go on: {'torchrun ... ' if ranks() > 1 else 'python '}exprl.py --resume {run}"

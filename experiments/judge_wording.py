@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--csv", type=Path, default=ROOT / "experiments/results/judge_wording.csv")
     args = parser.parse_args()
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
     problems = problems_or_exit(args.data, "train", need_solution=True)
     records, seen = [], {}
     wanted = {p.id for p in problems[args.problems[0] - 1 : args.problems[1]]}

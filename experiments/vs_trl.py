@@ -164,6 +164,8 @@ def main():
         parser.error("TRL is not installed: pip install trl datasets, or --ways exprl")
     if args.way:
         return run_exprl(args) if args.way == "exprl" else run_trl(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     about = dict(
         machine=torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
         threads=torch.get_num_threads(), dtype=args.dtype, questions=args.questions, group=args.group,

@@ -203,7 +203,7 @@ def test_traces_dropped_for_their_length_are_not_unread(world):
     for method in ("outcome", "grpo"):
         state, settings = build(world, "--overlong", "drop", "--method", method, "--max-unread", 0)
         metrics, records = exprl.train_step(state, settings, 1)
-        assert metrics["cut_off"] > 0 and metrics["unread"] == 0
+        assert metrics["cut_off"] > 0 and metrics["unread"] == (0 if method == "outcome" else None)
         assert all(r["grades"] == [None] for r in records if not r["finished"])
 
 
@@ -479,9 +479,11 @@ def test_the_closing_table_shows_what_both_ends_measured(tmp_path):
 def test_the_closing_table_compares_like_with_like(world, tmp_path):
     """A run may be resumed with other held-out problems, or fewer."""
     run = tmp_path / "run"
-    tiny.inside(*world[1], "--method", "sft", "--steps", 1, "--eval-data", world[0] / "eval.jsonl",
-                "--eval-n", 1, "--eval-k", 1, "--out", run)
-    table = tiny.inside("--resume", run, "--steps", 2, "--eval-limit", 2).stdout
+    tiny.inside(*world[1], "--method", "sft", "--group", 1, "--steps", 1, "--eval-data",
+                world[0] / "eval.jsonl", "--eval-n", 1, "--eval-k", 1, "--out", run)
+    done = tiny.inside("--resume", run, "--steps", 2, "--eval-limit", 2)
+    assert "from here on --eval-limit 2, it was 200\n" in done.stderr and " references a step" in done.stdout
+    table = done.stdout
     assert "before" not in table and "after, step 2" in table and "step 0 is not shown" in table
     table = tiny.inside("--resume", run, "--steps", 3).stdout
     assert "before, step 2" in table and "after, step 3" in table and "step 0 is not shown" in table
