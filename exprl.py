@@ -69,9 +69,9 @@ from judge import DOMAINS, HEADING, READOUTS, Judge, Verdict, check, corr_in_gro
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
-from sample import LM, Refused, Rollout, Sampler, covers, jsonl, load_lm, pick_device, pick_dtype
-from sample import problems_or_exit, require_plain_head, resolve_model, summary, too_long, traces_of
-from sample import write_atomically
+from sample import LM, Refused, Rollout, Sampler, context_of, covers, jsonl, load_lm, pick_device
+from sample import pick_dtype, problems_or_exit, require_plain_head, resolve_model, summary, too_long
+from sample import traces_of, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
 # The name has no mask function registered with it, so transformers builds no mask.
@@ -123,6 +123,7 @@ class Settings:
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.28  # and above 1 + this (clip-higher)
     dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
+    loss_mean: str = "token"  # the loss is a mean over an update's tokens; trace: over its traces (Eq. 1)
     microbatch_tokens: int = 8192  # rows x longest row per forward and backward: lower if memory runs out
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
     # run
@@ -142,6 +143,9 @@ class Settings:
     dry_run: bool = False  # print the memory these flags need, computed and in one full-length step; no run
 
 
+# The paper's 1,516 problems: POPE, whose references a Gemini wrote, and InT.
+PAPER_DATA = ("CohenQu/POPE-hard-dataset-Qwen3-4B-Instruct-32k-128-filtered-iter3-gemini-success::test",
+              "d1shs0ap/unified-hard-set-with-student-solutions-guided-rl")
 # What a method changes in the defaults. Then: preset, the preset for the method, the flags given.
 METHOD_DEFAULTS = {"sft": dict(kl=0.0, schedule="cosine", warmup=0.1), "distill": dict(kl=0.0)}
 PRESETS = {
@@ -152,23 +156,24 @@ PRESETS = {
                  steps=20, max_new_tokens=160, temperature=1.0, lr=3e-4, kl=0.0, microbatch_tokens=8192,
                  eval_every=0, eval_limit=128, eval_n=16, eval_k=(1, 16), save_every=0, show_every=4),
     },
-    # The paper's Stage I, Qwen3-4B-Instruct-2507 as policy and judge, 8 GPUs (arXiv 2606.17024 and its code).
+    # The paper's Stage I (arXiv 2606.17024 and its code; 8 GPUs), but for the judge's readout and view.
     "paper": {
-        "": dict(max_new_tokens=16384, max_prompt_tokens=4096, temperature=0.8, lr=1e-6, clip_low=0.2,
-                 eval_every=10, checkpoint_activations=True),
+        "": dict(model="Qwen/Qwen3-4B-Instruct-2507", data=PAPER_DATA, max_new_tokens=16384,
+                 max_prompt_tokens=4096, temperature=0.8, lr=1e-6, clip_low=0.2, eval_every=10,
+                 checkpoint_activations=True),
         "outcome": dict(questions=36, group=10, steps=230, kl=1e-3, clip_high=0.28, updates=2, save_every=30),
         "process": dict(questions=36, group=16, steps=230, kl=1e-3, clip_high=0.26, save_every=30),
         "grpo": dict(questions=32, group=16, steps=235, kl=1e-3, clip_high=0.26, updates=2, save_every=20,
                      overlong="judge"),
         "sft": dict(questions=32, steps=94, save_every=47),
-        "distill": dict(questions=32, group=16, steps=230, lr=1e-7, save_every=30),
+        "distill": dict(questions=32, group=16, steps=235, lr=1e-7, save_every=30),
     },
-    # The paper's Stage II. Its loss sums a trace's tokens; ours is their mean. A ratio clip of 4 is no clip.
+    # The paper's Stage II: 32 problems an update by its text, 16 by its code. A ratio clip of 4 is no clip.
     "paper-stage2": {
-        "": dict(method="grpo", questions=32, group=32, steps=500, max_new_tokens=16384,
+        "": dict(method="grpo", data=PAPER_DATA, questions=32, group=32, steps=500, max_new_tokens=16384,
                  max_prompt_tokens=4096, temperature=0.8, lr=1e-6, kl=0.0, norm="mean", overlong="judge",
-                 clip_low=1.0, clip_high=4.0, entropy_bonus=1e-4, grad_clip=0.3, save_every=50,
-                 eval_every=50, checkpoint_activations=True),
+                 clip_low=1.0, clip_high=4.0, entropy_bonus=1e-4, grad_clip=0.3, loss_mean="trace",
+                 save_every=50, eval_every=50, checkpoint_activations=True),
     },
 }
 JUDGED = ("outcome", "process")  # the methods that need a judge
@@ -247,7 +252,7 @@ def sample_traces(state: "State", settings: Settings, step: int, places: list[in
     questions = [problems[place] for place in places]
     prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
     if settings.method == "sft":
-        return references(state, settings, questions, prompts)
+        return references(state.policy, questions, prompts)
     rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
                                     seed=settings.seed << 32 | step, places=places)
     if any(math.isnan(sum(r.logprobs)) for r in rollouts):
@@ -282,7 +287,11 @@ def trace_metrics(settings: Settings, records: list[dict]) -> dict:
     domains = sorted({r["domain"] for r in records})
     if len(domains) > 1:
         metrics["domains"] = {d: averages([r for r in records if r["domain"] == d]) for d in domains}
-    if judged:  # a trace cut off has its grade from --overlong, not from the judge
+    if judged:
+        scores = list(map(score, records))
+        groups = ([s for s in scores[i : i + group] if s is not None] for i in range(0, len(scores), group))
+        metrics["score_spread"] = mean(np.std(some) for some in groups if some)
+        # a trace cut off has its grade from --overlong, not from the judge
         metrics["judge_corr"] = corr_in_groups([score(r) if r["finished"] else None for r in records],
                                                [r["correct"] for r in records], group)
     if settings.method == "process":  # the mean grade of first, second, ... steps that could be read
@@ -306,7 +315,7 @@ class Traces:
     @classmethod
     def of(cls, policy: LM, problems, rollouts) -> "Traces":
         texts = [policy.text(r.token_ids) for r in rollouts]
-        correct = [is_correct(text, p.answer) for text, p in zip(texts, problems)]
+        correct = [is_correct(text, p.answer, r.finished) for text, p, r in zip(texts, problems, rollouts)]
         return cls(problems, rollouts, texts, correct)
 
 
@@ -508,16 +517,17 @@ def step_starts(lm: LM, token_ids) -> list[int]:
 MIN_STEP, MAX_STEPS = 4, 32
 
 
-def references(state: "State", settings: Settings, questions: list[Problem], prompts) -> Traces:
-    """For SFT: each problem's reference, with the end token, as a trace of it."""
-    end = state.policy.tokenizer.eos_token_id
-    rollouts = []
-    for problem, prompt in zip(questions, prompts):
-        ids = state.policy.tokenizer.encode(problem.solution, add_special_tokens=False,
-                                            split_special_tokens=True)
-        kept = (*ids, end)[: settings.max_new_tokens]
-        rollouts.append(Rollout(tuple(prompt), kept, (0.0,) * len(kept), len(kept) > len(ids)))
-    return Traces.of(state.policy, questions, rollouts)
+def references(policy: LM, questions: list[Problem], prompts) -> Traces:
+    """For SFT: each problem's reference as a trace of it."""
+    targets = [reference_ids(policy, problem) for problem in questions]
+    return Traces.of(policy, questions, [Rollout(tuple(prompt), tuple(ids), (0.0,) * len(ids), True)
+                                         for prompt, ids in zip(prompts, targets)])
+
+
+def reference_ids(policy: LM, problem: Problem) -> list[int]:
+    """What SFT imitates: the reference and the end token."""
+    ids = policy.tokenizer.encode(problem.solution, add_special_tokens=False, split_special_tokens=True)
+    return [*ids, policy.tokenizer.eos_token_id]
 
 
 TEACHER = (
@@ -608,9 +618,10 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     norms, sums = [], torch.zeros(6, dtype=torch.float64)
     for part in (first, *later):
         rows = [row for row in part if batch.read[row]]
-        # Divide by the update's sampled tokens, not a micro-batch's: the split must not change the gradient.
-        # FSDP takes the mean over processes, where the sum is meant.
-        denominator = max(total(int(batch.mask[rows].sum())), 1) / ranks()
+        # Divide by what the update holds, not a micro-batch: the split must not change the gradient. FSDP
+        # takes the mean over processes, where the sum is meant.
+        count = int(batch.mask[rows].sum()) if settings.loss_mean == "token" else len(rows)
+        denominator = max(total(count), 1) / ranks()
         if settings.kl == 0 and settings.entropy_bonus == 0:
             rows = [row for row in rows if batch.advantages[row].any()]  # the others have no gradient
         passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, 1 if sft else settings.group)
@@ -762,6 +773,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
         raise SystemExit(f"--outcome-domains {name}: no training problem is of that, only of "
                          f"{', '.join(domains)}")
     held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
+    if not held_out:
+        print("no --eval-data: nothing is evaluated on held-out problems", file=sys.stderr)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     require_plain_head(policy.model)
@@ -817,15 +830,19 @@ def cache_room(model, device: str) -> float | None:
 
 
 def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
-    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    context = context_of(policy.model)
     limit = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
     long = {p.id for p in too_long(policy, problems, limit)}
     if settings.method == "distill" and kind == "training":  # the teacher's prompt holds the reference, too
         hinted = [replace(p, question=hinted_question(policy, p)) for p in problems]
         long |= {p.id for p in too_long(policy, hinted, context - settings.max_new_tokens)}
+    more = ""
+    if settings.method == "sft" and kind == "training":  # cut off, it would teach to stop in the middle
+        long |= {p.id for p in problems if len(reference_ids(policy, p)) > settings.max_new_tokens}
+        more = f" or whose reference exceeds {settings.max_new_tokens} (--max-new-tokens)"
     if long:
         print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds {limit} tokens "
-              "(--max-prompt-tokens, or the model's context less --max-new-tokens): "
+              f"(--max-prompt-tokens, or the model's context less --max-new-tokens){more}: "
               f"{', '.join(sorted(long)[:3])} ...", file=sys.stderr)
     return [p for p in problems if p.id not in long]
 
@@ -1327,8 +1344,8 @@ memory is short while sampling or judging: lower --max-rows, then --max-new-toke
 CHOICES = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=("std", "mean"),
                process_norm=("delta", "end", "step-mean"), step_view=("prefix", "segment"),
                step_credit=("zero", "score"), reference=("right", "none", "wrong"),
-               distill_kl=("token", "full"), schedule=("constant", "cosine"), readout=READOUTS,
-               log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
+               distill_kl=("token", "full"), loss_mean=("token", "trace"), schedule=("constant", "cosine"),
+               readout=READOUTS, log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
 # Flags that change what is compared in an ablation: elsewhere they would be ignored, and nobody would notice.
 IGNORED_BY = dict(reference=("grpo", "sft", "distill"), distill_kl=(*JUDGED, "grpo", "sft"),
                   norm=("sft", "distill"), **dict.fromkeys(
@@ -1345,7 +1362,8 @@ def command_line() -> argparse.ArgumentParser:
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--preset", choices=PRESETS,
                       help="a set of defaults, which flags still change; without --model the miniature's; "
-                           "paper and paper-stage2 are the authors' hyperparameters")
+                           "paper and paper-stage2 are the authors' data and settings, their judge's habits "
+                           "aside (README.md, The paper's own runs)")
     base.add_argument("--resume", type=Path, metavar="RUN",
                       help="go on from the newest checkpoint of this run's folder, with its settings")
     source = Path(__file__).read_text().split("class Settings:")[1].split("\n\n\n")[0]
@@ -1424,6 +1442,8 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          "--temperature must be at least 0.0001: greedy traces of a problem are all the same"),
         (s.method == "process" and s.norm != Settings.norm and not s.outcome_domains,
          "--norm has no effect under --method process without --outcome-domains: see --process-norm"),
+        (s.step_credit != Settings.step_credit and s.process_norm != "delta",
+         f"--step-credit has no effect under --process-norm {s.process_norm}"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),
         (s.group < 2 and s.method not in ("sft", "distill"),
@@ -1585,7 +1605,9 @@ def main(argv=None) -> None:
         print("next: on a real model:                           "
               "python exprl.py --model Qwen2.5-0.5B-Instruct")
     else:
-        print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16")
+        print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16 --temperature "
+              f"{settings.temperature} --max-new-tokens {settings.max_new_tokens} --max-prompt-tokens "
+              f"{settings.max_prompt_tokens}")
 
 
 if __name__ == "__main__":

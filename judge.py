@@ -38,9 +38,9 @@ import torch
 
 from data import MINIATURE, Problem, is_correct
 from data.answers import _clean, last_box
-from sample import LM, Help, Sampler, at_least, load_lm, new_file, no_traceback, pick_device, pick_dtype
-from sample import jsonl, problems_or_exit, require_plain_head, room_for, traces_of, with_room
-from sample import write_atomically
+from sample import LM, Help, Sampler, at_least, context_of, jsonl, load_lm, new_file, no_traceback
+from sample import pick_device, pick_dtype, problems_or_exit, require_plain_head, room_for, traces_of
+from sample import with_room, write_atomically
 
 # What the rubric says about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -96,6 +96,8 @@ VIEWS = {
                     "reference arrives at?",
         "weigh": "Weigh three things. Truth: {truth} Completeness: is every step that the reference needs "
                  "there, or must the reader leap? Conflict: does anything in it contradict the reference?",
+        "compare": "Compare the trace with the reference under the three headings truth, completeness and "
+                   "conflict.",
         "grades": """\
 1 - wrong, empty, or on the way to another answer
 2 - a right idea somewhere, but large gaps, or too vague to build on
@@ -109,6 +111,7 @@ VIEWS = {
                     "arrives at?",
         "weigh": _CHECKPOINTS + "\n\nA checkpoint that the work has not come to yet costs nothing. One that "
                  "it contradicts costs much until taken back: the grade may fall from step to step.",
+        "compare": "List the checkpoints and say of each whether the trace has come to it so far, and how.",
         "grades": """\
 1 - heading for another answer: a checkpoint on which the rest depends is contradicted
 2 - mostly off the way, or nothing that a continuation could build on
@@ -120,6 +123,7 @@ VIEWS = {
         "trace": "one single step of a student's work, without what came before or after it",
         "question": "What does this step contribute to arriving at what the reference arrives at?",
         "weigh": _CHECKPOINTS,
+        "compare": "List the checkpoints and say of each what this step, taken alone, does for it.",
         "grades": """\
 1 - contradicts a checkpoint, or leads elsewhere
 2 - beside the point, or unusable without much that is not there
@@ -148,13 +152,12 @@ USER = """\
 {trace}
 </trace>"""
 
-ASK = {
+ASK = {  # braces: the view's own way to compare
     "expected": "Grade the trace from 1 to 5. Reply with one line: Score: followed by the digit.",
     "critique": "Name in at most three sentences the first point where the trace departs from the reference, "
                 "or say that it does not. Then grade the trace from 1 to 5 on a line of its own: Score: "
                 "followed by the digit.",
-    "generate": "Compare the trace with the reference under the three headings truth, completeness and "
-                "conflict. Then grade it from 1 to 5 on a last line: Score: followed by the digit.",
+    "generate": "{compare} Then grade it from 1 to 5 on a last line: Score: followed by the digit.",
 }
 
 
@@ -208,7 +211,7 @@ class Judge:
                  reply_tokens: int | None = None, max_rows: int = 256, cache_gb: float | None = None):
         """prompts: a judge trained for a prompt of its own brings it along (prompts.json in its folder);
         readout: one of READOUTS, by default its own or as its size suggests; reply_tokens: bound of the
-        critique (default 96) or free reply (1024)."""
+        critique (default 96) or free reply (2048, the paper's, or half the context)."""
         prompts = prompts if prompts and "user" in prompts else {}  # a policy's prompts.json is not a judge's
         readout, small = readout or prompts.get("readout"), model.num_parameters() < SMALL
         self.readout = readout or ("likelihood" if small else "expected")
@@ -226,14 +229,16 @@ class Judge:
         self.model, self.tokenizer = model, tokenizer
         self.sampler = Sampler(model, max_rows, cache_gb)
         self.replies = self.readout in ("critique", "generate")
-        self.reply_tokens = reply_tokens or prompts.get("critique_tokens",
-                                                        1024 if self.readout == "generate" else 96)
+        most = int(min(2048, context_of(model) / 2)) if self.readout == "generate" else 96
+        self.reply_tokens = reply_tokens or prompts.get("critique_tokens", most)
         self.no_reference = prompts.get("no_reference", NO_REFERENCE)
         ask = ASK[self.readout if self.replies else "expected"]
-        user = prompts.get("user", with_ask(ask, behind=self.replies))
         own = prompts.get("system", {})  # by view, the same for all domains
-        self.fixed = {view: {domain: self.render(own[view] if own else rubric(view, domain), user)
-                             for domain in DOMAINS} for view in own or VIEWS}
+        self.fixed = {}
+        for view in own or VIEWS:
+            user = prompts.get("user") or with_ask(ask.format(**VIEWS[view]), behind=self.replies)
+            self.fixed[view] = {domain: self.render(own[view] if own else rubric(view, domain), user)
+                                for domain in DOMAINS}
         self.conclude = self.render(CONCLUDE, UNSEEN, slots=("question", "trace"))
         stem = prompts.get("stem", STEM)
         self.stem, self.digit_ids = self.encode(stem), []
@@ -316,7 +321,7 @@ class Judge:
         if len(problems) != len(traces):
             raise ValueError(f"{len(problems)} problems for {len(traces)} traces: give one for each")
         self.check_view(view)
-        limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        limit = context_of(self.model)
         room = limit - (self.reply_tokens + len(self.stem) if self.replies else 0)
         steps = [[trace] for trace in traces] if view == "outcome" else traces
         keys = [(problem.question, problem.solution, problem.answer, problem.domain) for problem in problems]
@@ -670,10 +675,10 @@ def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], 
               f"prompt included; to keep them lower --max-new-tokens {max_new_tokens}", flush=True)
     if not prompts:
         raise SystemExit("no trace is left for --prefixes to go on from: lower --max-new-tokens")
-    rollouts = iter(Sampler(policy.model).sample(prompts, n, max_new_tokens, temperature, seed))
-    right = [[is_correct(text + policy.text(next(rollouts).token_ids), problem.answer) for _ in range(n)]
-             for problem, text in prefixes]
-    return kept, steps, np.mean(right, 1)
+    rollouts = Sampler(policy.model).sample(prompts, n, max_new_tokens, temperature, seed)
+    right = [is_correct(text + policy.text(r.token_ids), problem.answer, r.finished)
+             for (problem, text), r in zip((prefix for prefix in prefixes for _ in range(n)), rollouts)]
+    return kept, steps, np.reshape(right, (-1, n)).mean(1)
 
 
 def calibrate_prefixes(judge: Judge, problems: list[Problem], records: list[dict], steps: list[list[str]],

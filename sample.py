@@ -180,6 +180,11 @@ def layer_kinds(config) -> list[str]:
     return sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
 
 
+def context_of(model) -> float:
+    """How many tokens it can read; infinite if its config names no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
 def covers(config) -> bool:
     """Can the paged cache serve this architecture? Not where a row's angles depend on other rows' lengths."""
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
@@ -956,11 +961,11 @@ class Sampler:
         if not (temperature == 0 or 1e-4 <= temperature < math.inf) or n < 0:
             raise Refused("temperature must be 0 or at least 0.0001, and n not negative, got "
                           f"{temperature} and {n}")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = context_of(self.model)
         for i, (prompt, length) in enumerate(zip(prompts, needed, strict=True)):
             if not prompt:
                 raise Refused(f"prompt {i} has no token")
-            if limit and length > limit:
+            if length > limit:
                 raise Refused(f"prompt {i} has {len(prompt)} tokens; with {length - len(prompt)} new ones it "
                               f"exceeds the model's context of {limit}: lower --max-new-tokens or drop the "
                               "problem")
@@ -1059,7 +1064,8 @@ def traces_of(lm: LM, problems: list[Problem], n: int, max_new_tokens: int, temp
     records = []
     for problem, r in zip((p for p in problems for _ in range(n)), rollouts):
         text = lm.text(r.token_ids)
-        records.append({"problem": problem.id, "text": text, "correct": is_correct(text, problem.answer),
+        records.append({"problem": problem.id, "text": text,
+                        "correct": is_correct(text, problem.answer, r.finished),
                         "finished": r.finished, "tokens": len(r.token_ids)})
     return records
 
@@ -1118,7 +1124,7 @@ def too_long(lm: LM, problems: list[Problem], limit: int) -> list[Problem]:
 
 def room_for(lms: list[LM], max_new_tokens: int | None) -> tuple[float, int]:
     """How long may a prompt be in the shortest context, and a trace (default: 1024, or half of that)?"""
-    context = min(getattr(lm.model.config, "max_position_embeddings", None) or math.inf for lm in lms)
+    context = min(context_of(lm.model) for lm in lms)
     max_new_tokens = max_new_tokens or int(min(1024, context / 2))
     return context - max_new_tokens, max_new_tokens
 

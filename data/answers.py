@@ -100,10 +100,12 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def is_correct(text: str, answer: str) -> bool:
+def is_correct(text: str, answer: str, finished: bool = True) -> bool:
     """Whether the answer of `text` (a trace) is the reference `answer` (bare, or boxed itself). Texts cannot
-    make it hang or raise: what cannot be read, or not compared within the limits above, is not correct."""
-    guess = extract_answer(text)
+    make it hang or raise: what cannot be read, or not compared within the limits above, is not correct.
+
+    A trace cut off (not `finished`) must have boxed its answer: its last number is merely where it stopped."""
+    guess = extract_answer(text) if finished else last_box(text)
     gold = extract_answer(answer) if "\\boxed" in answer else answer
     guess, gold = _clean(guess or ""), _clean(gold or "")
     if guess == gold or not guess or not gold:

@@ -3,7 +3,7 @@ r"""Problems, what a run asks of a model, and their readers: local files, data s
 A row is one of these (other columns are ignored)
   GSM8K   question, answer       reasoning that ends in a line "#### 18"
   MATH    problem, solution      the answer is in the solution's last \boxed{}
-  AIME    problem, solution, answer
+  AIME    problem, solution, answer; POPE (the paper's data) names the solution `gemini_solution`
   plain   question, solution, answer, domain
   choice  any of these with `choices` or `options` (ARC, MMLU, MMLU-Pro): they are written into the question
 GSM8K's solutions lose their calculator marks (<<48/2=24>>), and the closing "#### 18" becomes "\boxed{18}":
@@ -24,8 +24,8 @@ from pathlib import Path, PurePosixPath
 from .answers import last_box
 
 SUFFIXES = (".parquet", ".jsonl", ".json")  # in order of preference where the hub has a data set in several
-COLUMNS = ("id", "idx", "unique_id", "question", "problem", "solution", "answer", "domain", "choices",
-           "options", "answerKey")
+COLUMNS = ("id", "idx", "unique_id", "question", "problem", "solution", "gemini_solution", "answer", "domain",
+           "choices", "options", "answerKey")
 SCHEMAS = ("question + answer with '#### 18' (GSM8K), problem + solution with \\boxed{} (MATH), "
            "problem + solution + answer (AIME), question + solution + answer + domain; choices or options")
 MAX_BAD_SHARE = 0.5  # of a file's rows; with more it is the wrong file, and nothing is skipped
@@ -120,7 +120,7 @@ def _load_file(file: Path, name: str, domain: str, skip_bad_rows: bool, need_sol
 def _read_problem(row: dict, name: str, place: str, domain: str, need_solution: bool,
                   need_answer: bool) -> Problem:
     question = _text(row, "question") or _text(row, "problem")
-    solution, options = _text(row, "solution"), _options(row)
+    solution, options = _text(row, "solution") or _text(row, "gemini_solution"), _options(row)
     answer = _chosen(row, options) if options else _text(row, "answer")
     if not question:
         raise ValueError("no question: column `question` or `problem` is missing or empty")

@@ -312,6 +312,12 @@ def test_bootstrap_interval_covers():
     assert 0.88 <= inside / 200 <= 0.99
 
 
+def test_a_trace_cut_off_has_its_answer_in_a_box_or_nowhere():
+    assert is_correct("so 42", "42") and not is_correct("so 42", "42", finished=False)
+    assert is_correct(f"so {boxed(42)}. Check: 6 x", "42", finished=False)
+    assert not is_correct("so \\boxed{42", "42", finished=False)
+
+
 def test_long_texts_are_searched_from_the_end():
     assert is_correct("x" * 5_000_000 + boxed(42), "42")
     assert not is_correct(boxed("1" * 2000 + "+1"), "1" * 2000 + "+2")

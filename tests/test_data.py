@@ -53,6 +53,9 @@ def test_schemas(tmp_path, suffix):
         "c/60", "Count.", AIME["solution"], "73", "math")]
     assert load_problems(write(tmp_path / f"d.{suffix}", [PLAIN]), need_solution=True) == [Problem(
         "d/1", "Why?", "Because.", "so", "physics")]
+    pope = {("gemini_solution" if key == "solution" else key): value for key, value in AIME.items()}
+    assert load_problems(write(tmp_path / f"p.{suffix}", [pope]), need_solution=True) == [Problem(
+        "p/60", "Count.", AIME["solution"], "73", "math")]
     both = {**GSM8K, "solution": "Because.", "id": 3}
     assert load_problems(write(tmp_path / f"e.{suffix}", [both]), need_solution=True) == [Problem(
         "e/3", GSM8K["question"], "Because.", "-982", "math")]

@@ -140,6 +140,10 @@ def test_gradient_does_not_depend_on_microbatches_and_matches_the_plain_loss(wor
     (total / count).backward()
     for a, p in zip(whole, state.policy.model.parameters()):
         assert torch.allclose(a, p.grad.double(), atol=1e-5, rtol=1e-3)
+    # Eq. 1: sums of each trace's tokens, their mean over the 11 traces that were read
+    summed, _ = tiny.gradient(state, dataclasses.replace(settings, loss_mean="trace"), batch)
+    for a, b in zip(whole, summed):
+        assert torch.allclose(a * count / 11, b, atol=1e-5, rtol=1e-4)
 
 
 def test_unread_rows_leave_loss_and_statistics(world):
@@ -479,8 +483,8 @@ def test_the_closing_table_shows_what_both_ends_measured(tmp_path):
 def test_the_closing_table_compares_like_with_like(world, tmp_path):
     """A run may be resumed with other held-out problems, or fewer."""
     run = tmp_path / "run"
-    tiny.inside(*world[1], "--method", "sft", "--group", 1, "--steps", 1, "--eval-data",
-                world[0] / "eval.jsonl", "--eval-n", 1, "--eval-k", 1, "--out", run)
+    tiny.inside(*world[1], "--method", "sft", "--group", 1, "--max-new-tokens", 60, "--steps", 1,
+                "--eval-data", world[0] / "eval.jsonl", "--eval-n", 1, "--eval-k", 1, "--out", run)
     done = tiny.inside("--resume", run, "--steps", 2, "--eval-limit", 2)
     assert "from here on --eval-limit 2, it was 200\n" in done.stderr and " references a step" in done.stdout
     table = done.stdout
@@ -494,6 +498,8 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
                         (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
                         (["--method", "sft", "--reference", "none"], "--reference has no effect"),
+                        (["--step-credit", "score", "--method", "process", "--process-norm", "end"],
+                         "--step-credit has no effect"),
                         (["--seed", "-1"], "--seed must be at least 0"),
                         (["--seed", str(2**32)], "--seed must be below 2^32"),
                         (["--lr", "inf"], "need --lr > 0"), (["--temperature", "inf"], "at least 0.0001"),

@@ -247,6 +247,9 @@ def test_who_is_to_reply_is_asked_behind_the_trace(readout):
     before, behind = (judge.tokenizer.decode(ids) for ids in judge.prompt(PROBLEM))
     first, second = (before, behind) if readout == "expected" else (behind, before)
     assert first.count("Score: followed by the digit") == 1 and "followed by" not in second
+    steps = [judge.tokenizer.decode(judge.prompt(PROBLEM, view)[1]) for view in ("prefix", "segment")]
+    if readout == "generate":  # the headings are the whole trace's: a prefix has no completeness to weigh
+        assert "completeness" in behind and all("checkpoints" in s and "completeness" not in s for s in steps)
 
 
 def test_domains_have_their_own_rubrics(judge):

@@ -219,7 +219,7 @@ def test_sft_is_the_likelihood_of_the_reference_behind_the_policys_prompt(world)
     assert settings.kl == 0.01 and settings.schedule == "cosine" and state.judge is None
     settings = dataclasses.replace(settings, kl=0.0)
     prompts = [state.policy.chat(p.question) for p in state.train[:3]]
-    traces = exprl.references(state, settings, state.train[:3], prompts)
+    traces = exprl.references(state.policy, state.train[:3], prompts)
     got, metrics = tiny.gradient(state, settings, exprl.sft(state, settings, traces))
     state.policy.model.zero_grad()
     total, count = 0.0, 0
@@ -235,6 +235,15 @@ def test_sft_is_the_likelihood_of_the_reference_behind_the_policys_prompt(world)
     assert metrics["nll"] == pytest.approx(total.item() / count, rel=1e-4)
     for a, p in zip(got, state.policy.model.parameters()):
         assert torch.allclose(a.float(), p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_sft_leaves_out_references_that_it_would_cut(world, capsys):
+    state, settings = build(world, "--method", "sft", "--max-new-tokens", 60)
+    longest = max(len(exprl.reference_ids(state.policy, p)) for p in state.train)
+    capsys.readouterr()
+    fewer, _ = build(world, "--method", "sft", "--max-new-tokens", longest - 1)
+    assert 0 < len(fewer.train) < len(state.train)
+    assert f"or whose reference exceeds {longest - 1} (--max-new-tokens)" in capsys.readouterr().err
 
 
 def test_cosine_schedule_by_hand():
@@ -335,6 +344,8 @@ def test_presets_and_methods_set_what_they_say(capsys):
     assert settings("--preset", "paper", "--method", "distill").lr == 1e-7
     second = settings("--preset", "paper-stage2")
     assert (second.method, second.norm, second.kl, second.group) == ("grpo", "mean", 0.0, 32)
+    assert second.loss_mean == "trace" and second.data == exprl.PAPER_DATA and second.eval_data == ()
+    assert exprl.parse(["--preset", "paper"])[0].model == "Qwen/Qwen3-4B-Instruct-2507"
     with pytest.raises(SystemExit):
         settings("--method", "distill", "--updates", "2")
 
@@ -342,7 +353,7 @@ def test_presets_and_methods_set_what_they_say(capsys):
 @pytest.mark.parametrize("method", ["process", "sft", "distill"])
 def test_each_method_runs_and_resumes_exactly(world, tmp_path, method):
     flags = [*world[1], "--method", method, "--save-every", 1, "--keep", 9, "--overlong", "judge",
-             "--show-every", 1]
+             "--show-every", 1, *(["--max-new-tokens", 60] if method == "sft" else [])]
     done = tiny.inside(*flags, "--steps", 4, "--out", tmp_path / "whole")
     assert f"ExpRL {method}" in done.stdout
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("step_[34]", "model"))

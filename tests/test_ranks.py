@@ -23,7 +23,7 @@ VARIANTS = {
                 "--eval-n", "3", "--eval-k", "1", "3"],
     "process": ["--method", "process", "--entropy-bonus", "0.01"],
     "grpo": ["--method", "grpo", "--kl", "0"],  # exact match is rare: whole processes may have no gradient
-    "sft": ["--method", "sft"],
+    "sft": ["--method", "sft", "--max-new-tokens", "60"],
     "distill": ["--method", "distill", "--distill-kl", "full", "--kl", "0"],
     "bfloat16": ["--dtype", "bfloat16"],
 }
