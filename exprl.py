@@ -27,7 +27,6 @@ Left out: asynchronous sampling, tensor parallelism, LoRA, value models, tools a
 """
 
 import argparse
-import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -790,9 +789,9 @@ def load_state(settings: Settings, weights: str | None) -> State:
         policy.model.set_attn_implementation("exprl_packed")
     sampling = policy.model
     if dtype != torch.float32 or ranks() > 1:
-        sampling = copy.deepcopy(policy.model).to(device).requires_grad_(False).eval()
-        for parameter in sampling.parameters():  # model.to(dtype) would round the rotary frequencies, too
-            parameter.data = parameter.data.to(dtype)
+        # read again: a copy would hold all in float32 for a while, with several processes in host memory
+        sampling = load_lm(policy.name, device, dtype).model.requires_grad_(False)
+        sampling.set_attn_implementation(policy.model.config._attn_implementation)
     judge, reference = None, None
     judged = settings.method in JUDGED
     own_judge = judged and (settings.judge_device != ""
@@ -822,6 +821,7 @@ def cache_room(model, device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     later = (12 if ranks() == 1 else 16 / ranks()) * sum(p.numel() for p in model.parameters())
+    torch.cuda.empty_cache()  # what PyTorch keeps of freed tensors counts as used below
     free = torch.cuda.mem_get_info(device)[0]
     if free <= later:
         raise SystemExit(f"{device} has {free / 2**30:.1f} GB free, and gradients and optimizer will take "
@@ -873,13 +873,15 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
         weight = whole(parameter).detach()  # all take part in gathering, one keeps the result
         own = {f"{name}:{key}": whole(value) for key, value in state.optimizer.state[parameter].items()}
         if i % ranks() == rank():
-            weights[name] = weight
-            moments |= own
+            weights[name] = weight if ranks() == 1 else weight.cpu()  # a copy: a GPU may have no room for all
+            moments |= own if ranks() == 1 else {key: value.cpu() for key, value in own.items()}
     files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
+    sums = {}
     with together():
         tmp.mkdir(parents=True, exist_ok=True)
         save_file(weights, tmp / ("model" + part), {"format": "pt"})
         save_file(moments, tmp / ("optimizer" + part))
+        sums |= {name + part: sha256(tmp / (name + part)) for name in ("model", "optimizer")}
         if rank() == 0:
             state.policy.save_config(tmp)
             if ranks() > 1:  # as Hugging Face names parts and finds them
@@ -887,10 +889,12 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                     json.dumps({"metadata": {}, "weight_map": files}))
             (tmp / "trainer.json").write_text(json.dumps(
                 {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
+            small = [p for p in tmp.rglob("*") if p.is_file() and p.suffix != ".safetensors"]  # in folders, too
+            sums |= {str(p.relative_to(tmp)): sha256(p) for p in small}
+    sums = {name: digest for own in gather(sums) for name, digest in own.items()}  # each of what it wrote
     with together():
         if rank() == 0:
-            files = [p for p in sorted(tmp.rglob("*")) if p.is_file()]  # some tokenizers bring folders
-            (tmp / "sha256.json").write_text(json.dumps({str(p.relative_to(tmp)): sha256(p) for p in files}))
+            (tmp / "sha256.json").write_text(json.dumps(sums))
             publish(tmp, target)
             for old in complete_checkpoints(run)[: -settings.keep]:
                 shutil.rmtree(old)
@@ -1049,7 +1053,7 @@ REMEDIES = {
     "sampling": "lower --max-rows, --group or --max-new-tokens",
     "evaluating": "lower --max-rows or --max-new-tokens",
     "judging": "lower --max-rows, or take a smaller --judge",
-    "training": "lower --microbatch-tokens, or add --checkpoint-activations",
+    "training": "lower --microbatch-tokens, add --checkpoint-activations, or on a GPU lower --cache-gb",
 }
 
 
@@ -1057,7 +1061,8 @@ def explain(error: BaseException, phase: str = "loading") -> str:
     """An error in a user's words; a traceback for one that nobody expected."""
     if isinstance(error, (Stop, SystemExit, Refused)):
         return str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or re.search("allocate memory|out of memory|ALLOC_FAILED", str(error))):
         return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
                 f"({str(error).splitlines()[0]})")
     if isinstance(error, (OSError, SafetensorError)):
@@ -1593,7 +1598,11 @@ def main(argv=None) -> None:
         by = str(stop).removeprefix("stopped by ") if str(stop).startswith("stopped by ") else ""
         raise SystemExit((128 + signal.Signals[by] if ranks() == 1 else 0) if by else 1) from stop
     except Exception as error:
-        raise SystemExit(f"{explain(error, state.phase)}\n{go_on}") from error
+        message = f"{explain(error, state.phase)}\n{go_on}"
+        if ranks() > 1:  # others may wait for this one in an update: say it here, and end at once
+            print(message, file=sys.__stderr__, flush=True)
+            os._exit(1)
+        raise SystemExit(message) from error
     finally:
         if state.lock:
             state.lock.close()

@@ -27,6 +27,7 @@ def parameters(config) -> int:
 def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", prompt=512, judge=None) -> dict:
     """Bytes by part for one of `ranks` processes at full length: prompts of `prompt` tokens, traces of
     --max-new-tokens. config: the model's; judge: the judge's, if it is another model than the frozen start.
+    A judge that is asked for replies (--readout) has a cache like the policy's.
 
     "peak" is what is held at once: on a GPU the cache stays while training, on a CPU it does not."""
     P, low, b = parameters(config), dtype != torch.float32, dtype.itemsize
@@ -44,6 +45,8 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     rows = min(settings.max_rows, traces)
     cached = rows * settings.max_new_tokens + -(-rows // settings.group) * prompt  # tokens
     cache = 2 * layers * kv * product.itemsize * cached
+    if settings.readout in ("critique", "generate"):
+        cache *= 2
     if device == "cpu":
         cache = min(cache, 4 * 2**30)
 

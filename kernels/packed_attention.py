@@ -71,13 +71,16 @@ def pack(ids: torch.Tensor, mask: torch.Tensor):
         else:
             parts.append(np.array([row]))
     for part in parts:
-        run, inside = places[part, :ends[part[-1]]], np.arange(ends[part[-1]]) < ends[part, None]
+        inside = (place := np.arange(ends[part[-1]])) < ends[part, None]
+        # Padding repeats the row's own last token: a GPU adds the gradients of equal places one by one.
+        run = np.take_along_axis(places[part], np.minimum(place, ends[part, None] - 1), 1)
         runs.append(run)
         home[run[inside]] = size + inside.ravel().nonzero()[0]
         size += run.size
     tokens, positions, places, home, *runs = (
         torch.as_tensor(x, device=ids.device) for x in (tokens, positions, places, home, *runs))
-    return tokens, positions, places, Packing(spans, runs, home)
+    # FSDP walks through all that a layer is given: nothing that is not needed
+    return tokens, positions, places, Packing(spans if ids.device.type == "cpu" else [], runs, home)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packed=None, **_):
@@ -99,7 +102,8 @@ def attend(query, key, value, scaling=None):
 
 def attend_by_row(query, key, value, packed: Packing, scaling=None):
     """(H,L,D), (KVH,L,D) -> (L,H,D): rows are gathered, runs of about equal length attend together."""
-    done = [attend(*(x[:, run].transpose(0, 1) for x in (query, key, value)), scaling) for run in packed.runs]
+    heads, joined = [len(query), len(key), len(value)], torch.cat([query, key, value])
+    done = [attend(*joined[:, run].transpose(0, 1).split(heads, 1), scaling) for run in packed.runs]
     return torch.cat([rows.flatten(0, 1) for rows in done])[packed.home]
 
 

@@ -194,7 +194,7 @@ def split_count(programs: int, width: int, processors: int) -> int:
     return splits
 
 
-def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=None):
+def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=None, stages=3):
     (R, H, D), (_, KVH, P, _) = query.shape, keys.shape
     assert query.stride()[1:] == (D, 1) and table.stride(1) == 1
     assert keys.is_contiguous() and values.is_contiguous()
@@ -210,7 +210,7 @@ def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=
         paged_attention_kernel[(R, KVH, splits)](
             query, keys, values, table, lengths, part, lse, scaling, query.stride(0), table.stride(0), H, P=P,
             D=D, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKEN_BLOCK=token_block,
-            D_BLOCK=d_block, SPLITS=splits, num_warps=4)
+            D_BLOCK=d_block, SPLITS=splits, num_warps=4, num_stages=stages)
         if splits > 1:
             merge_kernel[(R * H,)](part, lse, out, D=D, D_BLOCK=d_block, SPLITS=splits)
     return out
@@ -257,7 +257,8 @@ def check(device):
 
 
 def benchmark(rows=(1, 16, 64, 256, 1024), context=1024, H=12, KVH=2, D=128, P=32):
-    """Qwen2.5-1.5B's heads: microseconds, and TB/s of keys and values read."""
+    """Qwen2.5-1.5B's heads: microseconds, and TB/s of keys and values read. With 5 stages loads are under way
+    while a block is computed (see `stages` in prefill_attention.py), but fewer programs fit on a processor."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
           f"bfloat16, {context} tokens a row, {H} heads on {KVH} of {D}")
     M = context // P
@@ -266,9 +267,12 @@ def benchmark(rows=(1, 16, 64, 256, 1024), context=1024, H=12, KVH=2, D=128, P=3
         keys, values = torch.randn(2, max(R * M, 2**12), KVH, P, D, device="cuda", dtype=torch.bfloat16)
         table = torch.randperm(len(keys), device="cuda")[: R * M].view(R, M).int()
         lengths = torch.full((R,), context, device="cuda", dtype=torch.int32)
-        run = lambda: triton_paged_attention(query, keys, values, table, lengths, D**-0.5)  # noqa: B023
-        ms = triton.testing.do_bench_cudagraph(run)
-        print(f"{R:6} rows {1000 * ms:8.1f} us {4e-9 * R * context * KVH * D / ms:6.2f} TB/s")
+        for stages in (3, 5):
+            run = lambda: triton_paged_attention(  # noqa: B023
+                query, keys, values, table, lengths, D**-0.5, stages=stages)
+            ms = triton.testing.do_bench_cudagraph(run)
+            speed = 4e-9 * R * context * KVH * D / ms
+            print(f"{R:6} rows, {stages} stages {1000 * ms:8.1f} us {speed:6.2f} TB/s")
 
 
 if __name__ == "__main__":

@@ -90,14 +90,13 @@ class Tiles:
     own: torch.Tensor
     table: torch.Tensor
     rows: int  # of a tile
-    keys: int  # at a time
 
     def to(self, device):
-        return Tiles(*(x.to(device) for x in (self.tiles, self.own, self.table)), self.rows, self.keys)
+        return Tiles(*(x.to(device) for x in (self.tiles, self.own, self.table)), self.rows)
 
 
 def plan_tiles(pieces, group: int, dtype) -> Tiles:
-    rows, keys = (32, 16) if dtype == torch.float32 else (128, 64)  # what registers hold
+    rows = 32 if dtype == torch.float32 else 128  # what registers hold
     assert group <= rows, f"{group} query heads on a kv head"
     tiles, own_rows, at = [], [], 0
     for piece, (spans, _) in enumerate(pieces):
@@ -113,7 +112,7 @@ def plan_tiles(pieces, group: int, dtype) -> Tiles:
     table = np.zeros((len(pieces), width), np.int32)
     for line, (_, pages) in zip(table, pieces):
         line[: len(pages)] = pages
-    return Tiles(*(torch.from_numpy(np.asarray(x, np.int32)) for x in (tiles, own_rows, table)), rows, keys)
+    return Tiles(*(torch.from_numpy(np.asarray(x, np.int32)) for x in (tiles, own_rows, table)), rows)
 
 
 if triton is not None:
@@ -168,17 +167,27 @@ if triton is not None:
         tl.store(out_ptr + (at * H + head)[:, None] * D + d[None, :], acc / total[:, None], mask=own)
 
 
+def block_shape(query) -> tuple[int, int]:
+    """Keys at a time, and the compiler's num_stages, by its code (not yet timed): on Ampere 64 keys spill
+    registers; and where keys lie is loaded first, which takes stages of its own: with 5 three copies of keys
+    or values are under way while a block is computed, with fewer none. D = 256 has no room for them."""
+    ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0)
+    keys = 16 if query.dtype == torch.float32 else 32 if ampere else 64
+    return keys, 5 if query.shape[2] <= 128 else 2
+
+
 def triton_prefill_attention(query, key, value, keys, values, plan, scaling):
     (T, H, D), KVH, P = query.shape, key.shape[1], keys.shape[2]
     assert query.stride()[1:] == key.stride()[1:] == (D, 1) and key.stride() == value.stride()
     assert keys.is_contiguous() and values.is_contiguous()
     out = torch.empty(T, H, D, dtype=query.dtype, device=query.device)
+    block, stages = block_shape(query)
     with torch.cuda.device_of(query):  # Triton launches on the current device, which may be another
         prefill_attention_kernel[(len(plan.tiles), KVH)](
             query, key, value, keys, values, plan.tiles, plan.own, plan.table, out,
             scaling * math.log2(math.e), query.stride(0), key.stride(0), plan.table.shape[1], H, P=P, D=D,
-            GROUP=H // KVH, ROWS=plan.rows, KEYS=plan.keys, D_BLOCK=max(16, triton.next_power_of_2(D)),
-            num_warps=8, num_stages=2)
+            GROUP=H // KVH, ROWS=plan.rows, KEYS=block, D_BLOCK=max(16, triton.next_power_of_2(D)),
+            num_warps=8, num_stages=stages)
     return out
 
 

@@ -270,14 +270,15 @@ def test_kernels_compile_for_a_hopper_gpu():
 
         dump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-        def build(kernel, signature, warps=8, **constants):
+        def build(kernel, signature, warps=8, stages=3, arch=90, **constants):
             names = [name for name in kernel.arg_names if name not in constants]
             types = dict(zip(names, signature.split(), strict=True), **dict.fromkeys(constants, "constexpr"))
             types = {name: types[name] for name in kernel.arg_names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types)
                        if types[name].startswith("*") or name.endswith("stride")}  # as they are at run time
             source = ASTSource(kernel, types, constants, aligned)
-            program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+            program = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                                     options={"num_warps": warps, "num_stages": stages})
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 pathlib.Path(file.name).write_bytes(program.asm["cubin"])
                 usage = subprocess.run([dump, "--dump-resource-usage", file.name], check=True,
@@ -310,8 +311,9 @@ def test_kernels_compile_for_a_hopper_gpu():
                       warps=4, P=32, D=D, GROUP=6, GROUP_BLOCK=16, TOKEN_BLOCK=block, D_BLOCK=D,
                       SPLITS=splits)
                 packed = f"{z} {z} {z} {z} {z} *i32 *i32 *i32 {z}"
-                build(prefill.prefill_attention_kernel, f"{packed} fp32 i32 i32 i32 i32", P=32, D=D,
-                      GROUP=6, ROWS=rows, KEYS=rows // 2, D_BLOCK=D)
+                for arch, keys in ((90, rows // 2), (80, rows // 4)) if z == "*bf16" else ((90, 16),):
+                    build(prefill.prefill_attention_kernel, f"{packed} fp32 i32 i32 i32 i32", stages=5,
+                          arch=arch, P=32, D=D, GROUP=6, ROWS=rows, KEYS=keys, D_BLOCK=D)
             build(attention.merge_kernel, f"*fp32 *fp32 {z}", warps=4, D=128, D_BLOCK=128, SPLITS=8)
             shape = dict(P=32, H=12, KVH=2, D=128, HEAD_BLOCK=16, HALF_BLOCK=64)
             pages, none = f"{z} {z} *i64 *i64", dict.fromkeys(("query_norm_ptr", "key_norm_ptr"))

@@ -51,6 +51,12 @@ for flags, fault in json.loads(sys.argv[1]):
                 raise KeyError("a bug in one process")
             return whole(*args)
         exprl.grade_whole = grade_whole
+    if fault == "late":
+        def optimizer_step(*args):
+            if exprl.rank() == 1:
+                raise RuntimeError("CUDA error: out of memory")
+            exprl.gather(None)  # as the others wait in an update's collectives
+        exprl.optimizer_step = optimizer_step
     exprl.main(flags)
     exprl.grade_whole = whole
 exprl.leave()
@@ -206,6 +212,14 @@ def test_an_error_in_one_process_ends_all_with_one_message(world):
     assert done.stderr.count("process 1 failed while judging") == 1 and "a bug in one process" in done.stderr
     assert f"--resume {out}" in done.stderr
     assert [p.name for p in exprl.complete_checkpoints(out)] == ["step_1", "step_2"]
+
+
+def test_an_error_while_others_wait_in_an_update_is_said(world):
+    home, flags = world
+    out = home / "late"
+    done = worker(home, 2, ([*flags, "--out", out], "late"))
+    assert done.returncode == 1 and "out of memory while training: lower --microbatch-tokens" in done.stderr
+    assert f"--resume {out}" in done.stderr
 
 
 def test_bad_input_is_said_once(world):
