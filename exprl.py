@@ -3,7 +3,7 @@
     python exprl.py                                   # the embedded miniature, a few minutes on two CPU cores
     python exprl.py --model Qwen2.5-1.5B              # GSM8K from the hub; the start model is the judge
     python exprl.py --model M --judge J --data problems.jsonl --eval-data held_out.jsonl --method process
-    python exprl.py --model runs/NAME/model --preset paper-stage2       # Stage II, from a Stage-I model
+    python exprl.py --model runs/NAME/checkpoints/step_N --preset paper-stage2      # Stage II, after Stage I
     python exprl.py --resume runs/NAME                # goes on exactly where the newest checkpoint stands
     torchrun --nproc_per_node=8 exprl.py --model M ...                  # eight GPUs: section "Processes"
 
@@ -14,7 +14,7 @@ contents; each method is one function that turns traces into token advantages (s
 is in the sections "One step", "Methods" and "Loss and update"; what follows them keeps a run going: models
 and checkpoints, several processes, the loop with its logs, the command line.
 
-Departures from the paper's released code, one a line:
+Departures from the paper's released code, one a line (README.md has all of them):
 - the judge writes no reply by default: an expected grade over five digit tokens, or a small one a likelihood
 - an unread grade removes its trace from loss, KL and group statistics; it never counts as the worst grade
 - the loss is the mean over all sampled tokens of an optimizer update, however it is split into micro-batches
@@ -780,7 +780,7 @@ def load_state(settings: Settings, weights: str | None) -> State:
     train = fit(policy, train, settings, "training")
     held_out = fit(policy, some_of_each(held_out, settings.eval_limit), settings, "held-out")
     if not train:
-        raise SystemExit("no training problem is left: raise --max-prompt-tokens or lower --max-new-tokens")
+        raise SystemExit("no training problem is left: the line above names the flags")
     if settings.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers checkpoints only in training mode; these families have no dropout by default
@@ -1339,7 +1339,7 @@ from first look to results
     python exprl.py --model M --judge J --data D --steps 10          score, accuracy, minutes a step
     python experiments/report.py runs/NAME                           curves, and every trace with its grades
     python exprl.py --resume runs/NAME --steps 200                   the rest
-    python exprl.py --method grpo --model runs/NAME/model --data D   Stage II
+    python exprl.py --method grpo --model runs/NAME/checkpoints/step_200 --data D                    Stage II
 
 memory is short while sampling or judging: lower --max-rows, then --max-new-tokens; while training: lower
 --microbatch-tokens, then --checkpoint-activations. README.md explains every metric.
@@ -1368,7 +1368,7 @@ def command_line() -> argparse.ArgumentParser:
     base.add_argument("--preset", choices=PRESETS,
                       help="a set of defaults, which flags still change; without --model the miniature's; "
                            "paper and paper-stage2 are the authors' data and settings, their judge's habits "
-                           "aside (README.md, The paper's own runs)")
+                           "aside (see The paper's own runs in README.md)")
     base.add_argument("--resume", type=Path, metavar="RUN",
                       help="go on from the newest checkpoint of this run's folder, with its settings")
     source = Path(__file__).read_text().split("class Settings:")[1].split("\n\n\n")[0]
