@@ -180,11 +180,11 @@ JUDGED = ("outcome", "process")  # the methods that need a judge
 
 class Stop(Exception):
     """Ends a run in order: the last completed step is saved, `records` of an unfinished one too, and the
-    message shown."""
+    message shown. by: the number of the signal that asked for it, if one did."""
 
-    def __init__(self, message: str, records: list[dict] = ()):
+    def __init__(self, message: str, records: list[dict] = (), by: int | None = None):
         super().__init__(message)
-        self.records = records
+        self.records, self.by = records, by
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
         traces = sample_traces(state, settings, step, places)
     tokens = total(sum(len(r.token_ids) for r in traces.rollouts))
     traces = replace(traces, mean_length=tokens / total(len(traces.rollouts)))
-    sampling = enter(state, "judging")
+    enter(state, "judging")
     judged = state.judge.tokens if state.judge else 0
     with together(state):
         batch = METHODS[settings.method](state, settings, traces)
@@ -224,10 +224,11 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
                    f"--max-unread {settings.max_unread:.0%}. The judge's replies stand at the end of "
                    "rollouts.jsonl; calibrate it with `python judge.py`, or take another --judge or "
                    "--readout", records)
-    judging = enter(state, "training")
+    enter(state, "training")
     lr = learning_rate(settings, step)
     update_metrics = update(state, settings, batch, lr)
-    training = enter(state, "logging")
+    enter(state, "logging")
+    sampling, judging, training = (state.took[phase] for phase in ("sampling", "judging", "training"))
     sampled = settings.method != "sft"
     for r in records:
         state.seen[r["problem"]] = state.seen.get(r["problem"], False) or r["correct"]
@@ -419,7 +420,7 @@ def distill(state: "State", settings: Settings, traces: Traces) -> Batch:
     A_t = log pi_T - log pi_S on the sampled token, which makes the policy gradient that of the reverse KL per
     token; each trace weighs the same. With --distill-kl full, `update` takes that KL over the vocabulary."""
     batch = collate(traces.rollouts, state.device)
-    prompts = [hinted_prompt(state.policy, p) for p in traces.problems]
+    prompts = [state.policy.chat(hinted_question(state.policy, p)) for p in traces.problems]
     teacher = collate([replace(r, prompt_ids=tuple(prompt)) for r, prompt in zip(traces.rollouts, prompts)],
                       state.device)
     gap = torch.zeros_like(batch.sampled_logp)
@@ -525,8 +526,7 @@ def references(policy: LM, questions: list[Problem], prompts) -> Traces:
 
 def reference_ids(policy: LM, problem: Problem) -> list[int]:
     """What SFT imitates: the reference and the end token."""
-    ids = policy.tokenizer.encode(problem.solution, add_special_tokens=False, split_special_tokens=True)
-    return [*ids, policy.tokenizer.eos_token_id]
+    return [*policy.encode(problem.solution), policy.tokenizer.eos_token_id]
 
 
 TEACHER = (
@@ -540,10 +540,6 @@ def hinted_question(policy: LM, problem: Problem) -> str:
     slots = {"{question}": problem.question, "{reference}": problem.solution}
     return re.sub(r"\{(?:question|reference)\}", lambda m: slots[m[0]],
                   policy.prompts.get("distill", TEACHER))
-
-
-def hinted_prompt(policy: LM, problem: Problem) -> list[int]:
-    return policy.chat(hinted_question(policy, problem))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -604,10 +600,9 @@ def microbatches(rows: list[int], lengths: list[int], budget: int, group: int = 
 
 def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
     """`updates` optimizer updates, each over its share of the problems. Returns the loss's metrics."""
-    sft = settings.method == "sft"
-    temperature = 1.0 if sft else settings.temperature  # the sampled distribution is the trained one
-    groups = torch.arange(len(batch.lengths)).view(-1, 1 if sft else settings.group)
-    first, *later = (part.flatten().tolist() for part in groups.tensor_split(settings.updates))
+    group = 1 if settings.method == "sft" else settings.group
+    problems = torch.arange(len(batch.lengths)).view(-1, group)
+    first, *later = (part.flatten().tolist() for part in problems.tensor_split(settings.updates))
     # Old log-probs belong to the weights that sampled. The first update meets those weights, so its ratio is
     # 1 and needs no pass; the later ones need theirs before the weights move.
     if later:
@@ -616,6 +611,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
             batch = replace(batch, old_logp=all_logprobs(sampled_with, settings, batch, sum(later, [])))
     norms, sums = [], torch.zeros(6, dtype=torch.float64)
     for part in (first, *later):
+        each = partial(forward_backward, state, settings, on_policy=part is first)
         rows = [row for row in part if batch.read[row]]
         # Divide by what the update holds, not a micro-batch: the split must not change the gradient. FSDP
         # takes the mean over processes, where the sum is meant.
@@ -623,40 +619,45 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
         denominator = max(total(count), 1) / ranks()
         if settings.kl == 0 and settings.entropy_bonus == 0:
             rows = [row for row in rows if batch.advantages[row].any()]  # the others have no gradient
-        passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, 1 if sft else settings.group)
+        passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, group)
         # Each process runs as many passes as the busiest: those beyond its own, of a short row, count 0.
-        idle = max(gather(len(passes))) - len(passes)
-        for own, rows in [(1, rows) for rows in passes] + [(0, [int(np.argmin(batch.lengths))])] * idle:
-            micro = batch.pick(rows)
-            old_logp = None if part is first else micro.old_logp[micro.mask]
-            if micro.teacher:
-                head = partial(distillation_head, state, settings, micro, denominator)
-            else:
-                ref_logp = (logprobs(state.reference, micro.ids, micro.mask, temperature)
-                            if settings.kl > 0 else None)
-                head = partial(policy_head, advantages=micro.advantages[micro.mask], old_logp=old_logp,
-                               ref_logp=ref_logp, temperature=temperature, denominator=denominator,
-                               clip_low=settings.clip_low, clip_high=settings.clip_high,
-                               dual_clip=settings.dual_clip, kl=settings.kl,
-                               entropy_weight=settings.entropy_bonus)
-            with state.amp():
-                out = state.trainee(micro.ids, micro.mask, head)
-            (out.loss * own).backward()
-            gap = ((out.logp if old_logp is None else old_logp) - micro.sampled_logp[micro.mask]).exp() - 1
-            if own:
-                sums += torch.stack([micro.mask.sum(), out.entropy.sum(), out.kl.sum(), gap.abs().sum(),
-                                     out.clipped.sum(), -out.logp.sum()]).double().cpu()
+        idle = max(gather(len(passes))) - len(passes)  # before the passes, in which processes meet, too
+        for rows in passes:
+            sums += each(batch.pick(rows), denominator)
+        for _ in range(idle):
+            each(batch.pick([int(np.argmin(batch.lengths))]), math.inf)
         norms.append(optimizer_step(state, settings, lr))
     tokens, *sums = sum(gather(sums)).tolist()
     # of the rows that had a gradient; without any there is nothing to report
     metrics = {name: value / tokens if tokens else None
                for name, value in zip(("entropy", "kl", "ratio_gap", "clip_share", "nll"), sums)}
-    if sft:
+    if settings.method == "sft":
         metrics["ratio_gap"] = None  # nobody sampled these tokens
     else:
         del metrics["nll"]
     finite = [norm for norm in norms if math.isfinite(norm)]
     return metrics | {"grad_norm": mean(finite), "skipped_updates": len(norms) - len(finite)}
+
+
+def forward_backward(state: "State", settings: Settings, micro: Batch, denominator: float,
+                     on_policy: bool) -> torch.Tensor:
+    """Add a micro-batch's gradient -> sums over its tokens: 1, entropy, k3, |ratio - 1|, clipped, -log-prob."""
+    temperature = 1.0 if settings.method == "sft" else settings.temperature  # what sampled is what is trained
+    old_logp = None if on_policy else micro.old_logp[micro.mask]
+    if micro.teacher:
+        head = partial(distillation_head, state, settings, micro, denominator)
+    else:
+        ref_logp = logprobs(state.reference, micro.ids, micro.mask, temperature) if settings.kl > 0 else None
+        head = partial(policy_head, advantages=micro.advantages[micro.mask], old_logp=old_logp,
+                       ref_logp=ref_logp, temperature=temperature, denominator=denominator,
+                       clip_low=settings.clip_low, clip_high=settings.clip_high,
+                       dual_clip=settings.dual_clip, kl=settings.kl, entropy_weight=settings.entropy_bonus)
+    with state.amp():
+        out = state.trainee(micro.ids, micro.mask, head)
+    out.loss.backward()
+    gap = ((out.logp if old_logp is None else old_logp) - micro.sampled_logp[micro.mask]).exp() - 1
+    return torch.stack([micro.mask.sum(), out.entropy.sum(), out.kl.sum(), gap.abs().sum(), out.clipped.sum(),
+                        -out.logp.sum()]).double().cpu()
 
 
 def distillation_head(state, settings, micro: Batch, denominator, hidden, weight, tokens) -> HeadLoss:
@@ -675,8 +676,8 @@ def all_logprobs(lm: torch.nn.Module, settings: Settings, batch: Batch, rows) ->
     out = torch.zeros_like(batch.sampled_logp)
     for part in microbatches(rows, batch.lengths, settings.microbatch_tokens, settings.group):
         micro = batch.pick(part)
-        micro.sampled_logp[micro.mask] = logprobs(lm, micro.ids, micro.mask, settings.temperature)
-        out[part, :micro.mask.shape[1]] = micro.sampled_logp
+        logp = logprobs(lm, micro.ids, micro.mask, settings.temperature)
+        out[part, :micro.mask.shape[1]] = out.new_zeros(micro.mask.shape).masked_scatter(micro.mask, logp)
     return out
 
 
@@ -732,6 +733,7 @@ class State:
     bad_updates: int = 0  # skipped in a row
     phase: str = "loading"  # what runs, for error messages
     entered: float = 0.0  # when it began, see enter()
+    took: dict = field(default_factory=dict)  # phase -> seconds, the last time
     interrupts: "Interrupts" = field(default_factory=lambda: Interrupts())
     board: object = None  # --log tensorboard: its SummaryWriter
     lock: object = None  # an open file, see lock()
@@ -1041,12 +1043,12 @@ def together(state: "State | None" = None):
             state.interrupts.allow()
         yield
     except (Exception, SystemExit) as error:
-        said = explain(error, state.phase if state else "loading")
+        said = Stop(explain(error, state.phase if state else "loading"), by=getattr(error, "by", None))
     if state:
         state.interrupts.defer()
-    said = [message for message in gather(said) if message is not None]
-    if said:
-        raise Stop(said[0])
+    for stop in gather(said):
+        if stop:
+            raise stop
 
 
 REMEDIES = {
@@ -1141,7 +1143,7 @@ class Interrupts:
         self.deferred = False
         if self.waiting:
             number, self.waiting = self.waiting, None
-            raise Stop(f"stopped by {signal.Signals(number).name}")
+            raise Stop(f"stopped by {signal.Signals(number).name}", by=number)
 
 
 def run_training(state: State, settings: Settings, run: Path) -> None:
@@ -1295,13 +1297,13 @@ def closing_table(run: Path, settings: Settings) -> str:
     return "\n".join(rows)
 
 
-def enter(state: "State", phase: str) -> float:
-    """Name what runs from here on, for error messages; returns the seconds of the phase before."""
+def enter(state: "State", phase: str) -> None:
+    """Name what runs from here on, for error messages, and note how long the phase before took."""
     if state.device.startswith("cuda"):
         torch.cuda.synchronize(state.device)
     now = time.perf_counter()
-    seconds, state.phase, state.entered = now - state.entered, phase, now
-    return max(seconds, 1e-9)
+    state.took[state.phase] = max(now - state.entered, 1e-9)
+    state.phase, state.entered = phase, now
 
 
 def mean(values) -> float | None:
@@ -1595,8 +1597,7 @@ def main(argv=None) -> None:
     except Stop as stop:
         print(f"\n{stop}; {go_on}", file=sys.stderr)
         # a signal's own exit status, so that a script does not go on with what comes next
-        by = str(stop).removeprefix("stopped by ") if str(stop).startswith("stopped by ") else ""
-        raise SystemExit((128 + signal.Signals[by] if ranks() == 1 else 0) if by else 1) from stop
+        raise SystemExit(1 if stop.by is None else 128 + stop.by if ranks() == 1 else 0) from stop
     except Exception as error:
         message = f"{explain(error, state.phase)}\n{go_on}"
         if ranks() > 1:  # others may wait for this one in an update: say it here, and end at once

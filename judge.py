@@ -324,41 +324,44 @@ class Judge:
         limit = context_of(self.model)
         room = limit - (self.reply_tokens + len(self.stem) if self.replies else 0)
         steps = [[trace] for trace in traces] if view == "outcome" else traces
-        keys = [(problem.question, problem.solution, problem.answer, problem.domain) for problem in problems]
-        known = {key: self.questions(problem, view) for key, problem in dict(zip(keys, problems)).items()}
-        # Passes (ids, forks), a fork being (place, cut, suffix, target): what follows ids[:cut] + suffix? The
-        # sampler reads all forks in one pass over ids, and computes once what neighbours share.
-        sought, graded = [], []
-        compared = set()  # keys whose empty trace `likelihood` reads, too
-        for i, (key, some) in enumerate(zip(keys, steps)):
-            before, asked, _ = known[key]
-            passes = sought if asked[0][1] else graded
-            length = max(len(suffix) + len(target) for suffix, target in asked)
-            ids = before
-            for k, step in enumerate(some):
-                # step by step: a longer prefix starts with the ids of a shorter one
-                ids = (ids if view == "prefix" else before) + self.quote(step)
-                if len(ids) + length > room:
-                    continue
-                forks = [((i, k), len(ids), *pair) for pair in asked]
-                if view == "prefix" and k and not self.replies:  # the trace and its prefixes are one pass
-                    forks = passes.pop()[1] + forks
-                if passes is sought and key not in compared:
-                    compared.add(key)
-                    forks = [(key, len(before), *pair) for pair in asked] + forks
-                passes.append((ids, forks))
-        found = (self.read_targets(sought) if sought else {}) | (self.read_grades(graded) if graded else {})
-
-        def result(i, k) -> tuple[float, str]:
-            if (i, k) not in found:
-                return math.nan, f"{TOO_LONG} of {limit} tokens"
-            if keys[i] in compared:
-                return closeness(found[i, k], found[keys[i]], known[keys[i]][2]), ""
-            return found[i, k]
-
-        results = [[result(i, k) for k in range(len(some))] for i, some in enumerate(steps)]
+        known = {problem: self.questions(problem, view) for problem in set(problems)}
+        sought, graded, first = [], [], {}  # passes for targets and for digits; problem -> its first trace read
+        for i, (problem, some) in enumerate(zip(problems, steps)):
+            before, asked, _ = known[problem]
+            passes = self.layout(i, before, asked, some, view, room)
+            if not asked[0][1]:
+                graded += passes
+                continue
+            if passes and problem not in first:  # a gain is measured from nothing of the work: step -1
+                first[problem] = i
+                passes[0][1][:0] = [((i, -1), len(before), *pair) for pair in asked]
+            sought += passes
+        found = self.read_grades(graded) if graded else {}
+        logps = self.read_targets(sought) if sought else {}
+        for (i, k), given in logps.items():
+            nothing = logps[first[problems[i]], -1]
+            found[i, k] = closeness(given, nothing, answered=known[problems[i]][2]), ""
+        unread = math.nan, f"{TOO_LONG} of {limit} tokens"
+        results = [[found.get((i, k), unread) for k in range(len(some))] for i, some in enumerate(steps)]
         return [Verdict(tuple(s for s, _ in some), "\n".join(text for _, text in some if text))
                 for some in results]
+
+    def layout(self, i: int, before: list[int], asked: list[tuple], steps: list[str], view: str,
+               room: float) -> list[tuple]:
+        """What is to be read of trace i, as passes (ids, forks), a fork being (place, cut, suffix, target): what
+        follows ids[:cut] + suffix? place: (trace, step). The sampler reads all forks in one pass over ids, and
+        computes once what neighbours share. A step that has no room is in none."""
+        passes, ids, longest = [], before, max(len(suffix) + len(target) for suffix, target in asked)
+        for k, step in enumerate(steps):
+            # step by step: a longer prefix starts with the ids of a shorter one
+            ids = (ids if view == "prefix" else before) + self.quote(step)
+            if len(ids) + longest > room:
+                continue
+            forks = [((i, k), len(ids), *pair) for pair in asked]
+            if view == "prefix" and passes and not self.replies:  # the trace and its prefixes are one pass
+                forks = passes.pop()[1] + forks
+            passes.append((ids, forks))
+        return passes
 
     def read_targets(self, passes: list[tuple]) -> dict[tuple, list[np.ndarray]]:
         """Place -> the log-probs of the tokens of each of its targets."""
@@ -425,10 +428,12 @@ def closeness(given: list[np.ndarray], without: list[np.ndarray], answered: bool
 
     An answer is right as a whole: the geometric mean over its tokens, which does not count its length. A
     checkpoint may be met in parts, in other words: the arithmetic mean."""
-    gains = [gain(*(float(np.exp(x.mean()) if k < answered else np.exp(x).mean()) for x in pair))
-             for k, pair in enumerate(zip(given, without))]
-    answer, points = gains[:answered], gains[answered:]
-    return 1 - (1 - sum(answer)) * (1 - sum(points) / max(len(points), 1))
+    def likelihood(k, logps) -> float:
+        return float(np.exp(logps.mean()) if answered and k == 0 else np.exp(logps).mean())
+
+    gains = [gain(likelihood(k, a), likelihood(k, b)) for k, (a, b) in enumerate(zip(given, without))]
+    answer, points = (gains[0], gains[1:]) if answered else (0.0, gains)
+    return 1 - (1 - answer) * (1 - sum(points) / max(len(points), 1))
 
 
 def gain(s: float, without: float) -> float:
@@ -467,14 +472,15 @@ def auroc(scores: np.ndarray, correct: np.ndarray) -> float:
 def with_reference(problems: list[Problem], condition: str, no_reference: str,
                    seed: int) -> dict[str, Problem]:
     """By id, each problem with its right reference and answer, none, or another problem's ("wrong")."""
-    order = np.random.default_rng(seed).permutation(len(problems))
-    if condition == "wrong" and len(problems) == 1:
-        raise SystemExit("a wrong reference is another problem's, and there is one problem: take more --data")
+    if condition == "right":
+        return {p.id: p for p in problems}
     if condition == "none":
         return {p.id: replace(p, solution=no_reference, answer="") for p in problems}
-    source = dict(zip(order, np.roll(order, 1) if condition == "wrong" else order))
-    return {p.id: replace(p, solution=problems[source[i]].solution, answer=problems[source[i]].answer)
-            for i, p in enumerate(problems)}
+    if len(problems) == 1:
+        raise SystemExit("a wrong reference is another problem's, and there is one problem: take more --data")
+    order = np.random.default_rng(seed).permutation(len(problems))
+    pairs = ((problems[i], problems[j]) for i, j in zip(order, np.roll(order, 1)))
+    return {p.id: replace(p, solution=other.solution, answer=other.answer) for p, other in pairs}
 
 
 def calibrate(judge: Judge, problems: list[Problem], records: list[dict], condition: str,
@@ -664,8 +670,7 @@ def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], 
     for r in records:
         problem, some = by_id[r["problem"]], [step for step in HEADING.split(r["text"]) if step]
         chat, texts = policy.chat(problem.question), ["".join(some[: k + 1]) for k in range(len(some))]
-        asked = [chat + policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-                 for text in texts]
+        asked = [chat + policy.encode(text) for text in texts]
         if max(map(len, asked), default=0) <= room:
             kept.append(r), steps.append(some)
             prefixes += [(problem, text) for text in texts]

@@ -114,6 +114,10 @@ class LM:
     def text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
+    def encode(self, text: str) -> list[int]:
+        """Text of others: what looks like a special token is spelled out."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that AutoModelForCausalLM, vLLM and this project load."""
         self.save_config(folder)
@@ -375,11 +379,12 @@ class Network:
     """The decoder of the covered families over the modules of a transformers model: embedding, layers, norm.
 
     The same as transformers' own forward in fewer and larger operations. It computes in the model's dtype,
-    but bfloat16 in float32 on a CPU that has no instructions for it (see network_dtype). Made anew for each
+    but bfloat16 in float32 on a CPU that has no instructions for it (product_dtype). Made anew for each
     call of the sampler, since weights change in place (0.2 s for 135M weights in bfloat16)."""
 
     def __init__(self, model):
-        self.base, config, self.dtype = model.base_model, model.config, network_dtype(model)
+        self.base, self.output, config = model.base_model, model.get_output_embeddings(), model.config
+        self.dtype = product_dtype(self.output.weight)  # of products, activations, keys and values
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         linear = partial(Linear, self.dtype)
         self.layers = []
@@ -392,7 +397,6 @@ class Network:
                 norms = a.q_norm.weight, a.k_norm.weight, a.q_norm.variance_epsilon
             self.layers.append((layer, norms, linear(a.q_proj, a.k_proj, a.v_proj), linear(a.o_proj), gate_up,
                                 gate, up, linear(m.down_proj)))
-        self.output = model.get_output_embeddings()
 
     @cached_property
     def head(self) -> Linear:
@@ -416,11 +420,6 @@ class Network:
         return rms_norm(self.base.norm, x)
 
 
-def network_dtype(model) -> torch.dtype:
-    """Of products, activations, keys and values."""
-    return product_dtype(model.get_output_embeddings().weight)
-
-
 def rms_norm(module, x):
     return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
 
@@ -428,8 +427,7 @@ def rms_norm(module, x):
 @dataclass
 class Piece:
     """A run of a sequence for one prefill pass: ids behind `start` tokens that lie in `pages`. The first
-    `keep` are written there. reads: (index in ids, result row). spans: who sees what (prefill_attention.py);
-    not given: each token all before it."""
+    `keep` are written there. reads: (index in ids, result row)."""
 
     ids: list[int]
     positions: list[int] | range
@@ -437,37 +435,40 @@ class Piece:
     keep: int
     pages: list[Page]
     reads: list[tuple[int, int]]
-    spans: list[tuple[int, list[int] | range, int]] = ()
 
     def __post_init__(self):
-        self.spans = self.spans or [(self.start, range(len(self.ids)), len(self.ids))]
+        self.spans = [(self.start, range(len(self.ids)), len(self.ids))]  # who sees what: prefill_attention.py
+        self.last = 0, [], []  # the suffix that was added last: its cut, its tokens, and where they are in ids
+
+    def add(self, cut: int, suffix: list[int], rows: list[int]) -> None:
+        """Let a suffix ride behind the run: it sees the sequence's first `cut` tokens and itself, and what
+        follows its last tokens goes to the result rows. What it has in common with the one before, at the
+        same cut, it shares."""
+        before, other, where = self.last
+        shared = len(os.path.commonprefix([other, suffix])) if cut == before else 0
+        where = where[:shared] + list(range(len(self.ids), len(self.ids) + len(suffix) - shared))
+        self.ids += suffix[shared:]
+        self.positions += range(cut + shared, cut + len(suffix))
+        self.spans.append((cut, where, len(suffix) - shared))
+        self.reads += zip(where[-len(rows):], rows)
+        self.last = cut, suffix, where
 
 
 def cut_pieces(ids, start: int, pages: list[Page], forks=(), chunk: int = 2048) -> list[Piece]:
     """ids[start:] in runs of `chunk`. forks: (cut, suffix, result rows): what follows ids[:cut] + suffix?
-    With several rows: what follows each of its last tokens?
-
-    Suffixes ride behind the last run, and beyond `chunk` tokens of them in runs of their own; each sees
-    ids[:cut] and itself. What one has in common with the one before, at the same cut, it shares."""
-    runs = [(a, min(a + chunk, len(ids)), []) for a in range(start, len(ids), chunk)]
-    for fork in (fork for fork in forks if fork[1]):
-        if sum(len(suffix) for _, suffix, _ in [*runs[-1][2], fork]) > chunk:
-            runs.append((len(ids), len(ids), []))
-        runs[-1][2].append(fork)
-    pieces = []
-    for a, b, tails in runs:
-        own, positions = list(ids[a:b]), list(range(a, b))
-        reads = [(cut - 1 - a, rows[0]) for cut, suffix, rows in forks if not suffix and a < cut <= b]
-        spans, before, other, where = [(a, range(b - a), b - a)], 0, [], []  # where: other's tokens in `own`
-        for cut, suffix, rows in tails:
-            shared = len(os.path.commonprefix([other, suffix])) if cut == before else 0
-            where = where[:shared] + list(range(len(own), len(own) + len(suffix) - shared))
-            spans.append((cut, where, len(suffix) - shared))
-            before, other = cut, suffix
-            own += suffix[shared:]
-            positions += range(cut + shared, cut + len(suffix))
-            reads += zip(where[-len(rows):], rows)
-        pieces.append(Piece(own, positions, a, b - a, pages, reads, spans))
+    With several rows: what follows each of its last tokens? Suffixes ride behind the last run, and beyond
+    `chunk` tokens of them behind empty ones."""
+    pieces, riding = [], 0
+    for a in range(start, len(ids), chunk):
+        run = list(ids[a : a + chunk])
+        reads = [(cut - 1 - a, rows[0]) for cut, suffix, rows in forks if not suffix and a < cut <= a + chunk]
+        pieces.append(Piece(run, list(range(a, a + len(run))), a, len(run), pages, reads))
+    for cut, suffix, rows in (fork for fork in forks if fork[1]):
+        riding += len(suffix)
+        if riding > chunk:
+            pieces.append(Piece([], [], len(ids), 0, pages, []))
+            riding = len(suffix)
+        pieces[-1].add(cut, suffix, rows)
     return pieces
 
 
@@ -799,16 +800,15 @@ class Sampler:
 
     @torch.inference_mode()
     def reply_logits(self, prompts: list[list[int]], stem: list[int], token_ids: list[int],
-                     max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-                     end_ids: list[int] | None = None) -> tuple[list[Rollout], torch.Tensor]:
-        """One reply a prompt, then logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
+                     max_new_tokens: int, end_ids: list[int] | None = None) -> tuple[list[Rollout], torch.Tensor]:
+        """A greedy reply a prompt, then logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
 
         The reply's end token is left out. The stem is read over the reply's own cache. No stem: zeros."""
-        self.check(prompts, 1, temperature, [len(p) + max_new_tokens + len(stem) for p in prompts])
+        self.check(prompts, 1, 0.0, [len(p) + max_new_tokens + len(stem) for p in prompts])
         out = torch.zeros(len(prompts), len(token_ids))
         store = self.into(out, token_ids)
 
-        def read(cache, rows, traces):
+        def read_stem(cache, rows, traces):
             pieces = []
             for trace in traces:  # its last token was drawn, but not fed
                 ids = rows.drawn(trace)[trace.count - (not trace.finished) :] + list(stem)
@@ -817,7 +817,7 @@ class Sampler:
                                     reads=[(len(ids) - 1, trace.place)]))
             self.prefill(cache, pieces, store)
 
-        rollouts = self.sample(prompts, 1, max_new_tokens, temperature, seed, end_ids, at_end=stem and read)
+        rollouts = self.sample(prompts, 1, max_new_tokens, 0.0, end_ids=end_ids, at_end=stem and read_stem)
         if stem and not self.covered:
             replies = [list(r.token_ids[: len(r.token_ids) - r.finished]) for r in rollouts]
             out = self.next_logits([p + reply + stem for p, reply in zip(prompts, replies)], token_ids)
@@ -938,7 +938,7 @@ class Sampler:
         """At most `wanted` pages, as memory lasts; refuses here what could never fit."""
         model, config = self.model, self.model.config
         shape = [config.num_hidden_layers, 2, 1, config.num_key_value_heads, PAGE, head_size(config)]
-        dtype = network_dtype(model)
+        dtype = self.network.dtype
         page = math.prod(shape) * dtype.itemsize
         if self.cache_gb is not None:
             if not 0 < self.cache_gb < math.inf:
@@ -1026,8 +1026,9 @@ class Graphs:
 
 def bucket(rows: int) -> int:
     """Rows rounded up to 1, 2, 4, 8, and from there on four sizes per doubling: at most 25% padding."""
-    step = max(1, 2 ** (rows - 1).bit_length() // 8) if rows > 8 else 1
-    return -(-rows // step) * step if rows > 8 else 2 ** (rows - 1).bit_length()
+    power = 2 ** (rows - 1).bit_length()
+    step = power // 8 if rows > 8 else power
+    return -(-rows // step) * step
 
 
 def trace_noise(seed: int, trace: int, tokens: int) -> np.ndarray:
@@ -1055,12 +1056,10 @@ def evaluate(lm: LM, problems: list[Problem], n: int, ks, *settings, **options) 
 
 
 def traces_of(lm: LM, problems: list[Problem], n: int, max_new_tokens: int, temperature: float, seed: int = 0,
-              max_rows: int = 256, progress=None, cache_gb: float | None = None, places=None,
-              sampler: Sampler | None = None) -> list[dict]:
+              sampler: Sampler | None = None, **options) -> list[dict]:
     """Records of n traces a problem, those of a problem side by side: problem id, text, exact match."""
-    rollouts = (sampler or Sampler(lm.model, max_rows, cache_gb)).sample(
-        [lm.chat(p.question) for p in problems], n, max_new_tokens, temperature, seed, progress=progress,
-        places=places)
+    rollouts = (sampler or Sampler(lm.model)).sample([lm.chat(p.question) for p in problems], n,
+                                                     max_new_tokens, temperature, seed, **options)
     records = []
     for problem, r in zip((p for p in problems for _ in range(n)), rollouts):
         text = lm.text(r.token_ids)
@@ -1265,7 +1264,8 @@ def sample_and_print(args, lm: LM, problems: list[Problem], ks, out: Path | None
     """One model's table and traces -> how many traces of each problem are right."""
     with no_traceback(), tqdm(total=len(problems) * args.n, unit="trace", disable=None) as bar:
         metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature,
-                                    args.seed, args.max_rows, bar.update, args.cache_gb)
+                                    args.seed, Sampler(lm.model, args.max_rows, args.cache_gb),
+                                    progress=bar.update)
     if out:
         write_atomically(out, jsonl(records))
     print(lm.name)

@@ -66,38 +66,25 @@ def extract_answer(text: str) -> str | None:
     box = last_box(text)
     if box is not None:
         return box
-    text = text[-MAX_TEXT:]
-    for tail in (text[-100:], text):  # most texts end in a number
-        number = None
-        for number in _NUMBER.finditer(tail):
-            pass
-        if number and (number.start() > 3 or len(tail) == len(text)):  # else the tail's edge may have cut it
-            return number[0]
-    return None
+    numbers = [number[0] for number in _NUMBER.finditer(text[-MAX_TEXT:])]
+    return numbers[-1] if numbers else None
 
 
 def last_box(text: str) -> str | None:
     r"""The content of the \boxed{...} that starts last among those that are closed."""
-    text = text[-MAX_TEXT:]
-    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    for start in (last, 0) if last >= 0 else ():  # from the text's start only if the last box is not closed
-        found, opened = None, []  # opened: per open brace, where the content of its box starts, or -1
-        for token in _BRACE.finditer(text, start):
-            if token[2]:
-                found = token.span(2)
-            elif token[1]:
-                opened.append(token.end())
-            elif token[0] == "{":
-                opened.append(-1)
-            elif token[0] == "}" and opened:
-                begin = opened.pop()
-                if begin >= 0 and (found is None or begin > found[0]):
-                    found = (begin, token.start())
-            if start and not opened:  # past the last box's end
-                break
-        if found is not None:
-            return text[found[0]:found[1]].strip()
-    return None
+    text, found, opened = text[-MAX_TEXT:], None, []  # opened: per open brace, where its box's content starts
+    for token in _BRACE.finditer(text):
+        if token[2]:
+            found = token.span(2)
+        elif token[1]:
+            opened.append(token.end())
+        elif token[0] == "{":
+            opened.append(-1)  # no box's
+        elif token[0] == "}" and opened:
+            begin = opened.pop()
+            if begin >= 0 and (found is None or begin > found[0]):
+                found = begin, token.start()
+    return text[slice(*found)].strip() if found else None
 
 
 def is_correct(text: str, answer: str, finished: bool = True) -> bool:

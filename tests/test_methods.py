@@ -266,7 +266,7 @@ def test_the_teacher_is_the_start_that_sees_the_reference(world):
     state, settings, traces = distilled(world)
     batch = exprl.distill(state, settings, traces)
     for i, (r, p) in enumerate(zip(traces.rollouts, traces.problems)):
-        hinted = exprl.hinted_prompt(state.policy, p)
+        hinted = state.policy.chat(exprl.hinted_question(state.policy, p))
         assert p.solution in state.policy.tokenizer.decode(hinted) and p.solution not in (
             state.policy.tokenizer.decode(r.prompt_ids)
         )
@@ -285,7 +285,7 @@ def test_full_distillation_is_the_reverse_kl(world):
     state.policy.model.zero_grad()
     total = 0.0
     for r, p in zip(traces.rollouts, traces.problems):
-        hinted = exprl.hinted_prompt(state.policy, p)
+        hinted = state.policy.chat(exprl.hinted_question(state.policy, p))
         ids = list(r.token_ids)
         student = state.policy.model(torch.tensor([[*r.prompt_ids, *ids]])).logits[
             0, len(r.prompt_ids) - 1 : -1
@@ -305,7 +305,7 @@ def test_a_slot_in_a_question_is_not_filled(world):
     state, _ = build(world, "--method", "grpo")
     problem = dataclasses.replace(state.train[0], question="What is {reference}?")
     assert (
-        state.policy.tokenizer.decode(exprl.hinted_prompt(state.policy, problem)).count(problem.solution) == 1
+        state.policy.tokenizer.decode(state.policy.chat(exprl.hinted_question(state.policy, problem))).count(problem.solution) == 1
     )
 
 
