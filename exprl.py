@@ -48,8 +48,8 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-# A CPU's products keep what they compiled for each shape, 1,024 shapes if nobody bounds them, and every step
-# brings new ones: memory would grow for hundreds of steps. Read when torch is loaded.
+# On a CPU oneDNN and PyTorch keep a compiled product per shape, 1,024 by default, and every step brings new
+# shapes: memory would grow for hundreds of steps. Read when torch is loaded.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
 
@@ -482,7 +482,7 @@ def credit(settings: Settings, batch: Batch, verdicts: dict[int, Verdict], start
                           batch_first=True).to(device)  # (N,S)
     step_ids = torch.where(batch.mask, 0, -1)
     for i, opens in starts.items():
-        opens = torch.tensor(opens[:max(1, len(verdicts[i].grades))])  # not graded by step: one step
+        opens = torch.tensor(opens[:max(1, len(verdicts[i].grades))])  # cut off, without grades: one
         tokens = torch.arange(int(batch.mask[i].sum()))
         step_ids[i, batch.mask[i]] = torch.bucketize(tokens, opens, right=True).to(device) - 1
     by_step = torch.tensor([i in starts for i in range(len(verdicts))], device=device)
@@ -641,7 +641,8 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
 
 def forward_backward(state: "State", settings: Settings, micro: Batch, denominator: float,
                      on_policy: bool) -> torch.Tensor:
-    """Add a micro-batch's gradient -> sums over its tokens: 1, entropy, k3, |ratio - 1|, clipped, -log-prob."""
+    """Adds a micro-batch's gradient; sums over its tokens of 1, entropy, k3, |ratio - 1|, clipped, -log-prob.
+    """
     temperature = 1.0 if settings.method == "sft" else settings.temperature  # what sampled is what is trained
     old_logp = None if on_policy else micro.old_logp[micro.mask]
     if micro.teacher:
@@ -891,7 +892,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                     json.dumps({"metadata": {}, "weight_map": files}))
             (tmp / "trainer.json").write_text(json.dumps(
                 {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
-            small = [p for p in tmp.rglob("*") if p.is_file() and p.suffix != ".safetensors"]  # in folders, too
+            small = [p for p in tmp.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
             sums |= {str(p.relative_to(tmp)): sha256(p) for p in small}
     sums = {name: digest for own in gather(sums) for name, digest in own.items()}  # each of what it wrote
     with together():
@@ -1132,14 +1133,16 @@ class Interrupts:
             self.allow()
 
     def defer(self):
+        """From here on a signal waits."""
         self.deferred = True
 
     def settle(self):
-        """The weights stand still again."""
+        """The weights stand still again: as allow(), but several processes stop in `together` only."""
         if ranks() == 1:
             self.allow()
 
     def allow(self):
+        """From here on a signal acts at once, and one that has waited does now."""
         self.deferred = False
         if self.waiting:
             number, self.waiting = self.waiting, None

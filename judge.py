@@ -305,8 +305,10 @@ class Judge:
         return head + self.quote(problem.question) + between + self.quote(problem.solution) + opening, rest
 
     def questions(self, problem: Problem, view: str) -> tuple[list[int], list[tuple], bool]:
-        """The prompt before a trace; behind it (suffix, target) pairs: how likely is the target after the
-        suffix, or without a target: which digit, or what reply; and is the first target a final answer?"""
+        """The prompt before a trace; what is read behind one; and is the first of that a final answer?
+
+        Read are (suffix, target) pairs: the log-probs of the target's tokens after the suffix, or where the
+        target is empty the digits after it, or a reply."""
         (before, behind), targets = self.prompt(problem, view), self.targets(problem)
         if not targets:
             return before, [(behind + ([] if self.replies else self.stem), [])], False
@@ -325,7 +327,8 @@ class Judge:
         room = limit - (self.reply_tokens + len(self.stem) if self.replies else 0)
         steps = [[trace] for trace in traces] if view == "outcome" else traces
         known = {problem: self.questions(problem, view) for problem in set(problems)}
-        sought, graded, first = [], [], {}  # passes for targets and for digits; problem -> its first trace read
+        sought, graded = [], []  # passes for targets, and for digits or replies
+        first = {}  # problem -> the first of its traces that is read for targets
         for i, (problem, some) in enumerate(zip(problems, steps)):
             before, asked, _ = known[problem]
             passes = self.layout(i, before, asked, some, view, room)
@@ -348,9 +351,9 @@ class Judge:
 
     def layout(self, i: int, before: list[int], asked: list[tuple], steps: list[str], view: str,
                room: float) -> list[tuple]:
-        """What is to be read of trace i, as passes (ids, forks), a fork being (place, cut, suffix, target): what
-        follows ids[:cut] + suffix? place: (trace, step). The sampler reads all forks in one pass over ids, and
-        computes once what neighbours share. A step that has no room is in none."""
+        """What is to be read of trace i: passes (ids, forks), a fork being (place, cut, suffix, target) for
+        what follows ids[:cut] + suffix; place: (trace, step). The sampler reads all forks in one pass over
+        ids, and computes once what neighbours share. A step that has no room is in none."""
         passes, ids, longest = [], before, max(len(suffix) + len(target) for suffix, target in asked)
         for k, step in enumerate(steps):
             # step by step: a longer prefix starts with the ids of a shorter one

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# transformers looks for Hugging Face's optional package `kernels`, which is not ours: hide ours meanwhile.
+# Where Hugging Face's optional package `kernels` is installed, too, transformers would import ours for it.
 _ours = sys.modules.pop("kernels", None)
 sys.modules["kernels"] = None
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
@@ -288,7 +288,8 @@ class Cache:
             self.pool[:, :, targets] = self.pool[:, :, sources]
 
     def compact(self) -> None:
-        """Move the last pages into holes."""
+        """Move the last pages into holes: attention on a CPU reads the pool's front up to the last page in
+        use. (Without it 1.25 to 2.8 times as many pages; simulated, 64 rows of 512 traces to 256 of 256.)"""
         used = len(self.pages) - len(self.free)
         moving = [page for page in self.pages[used:] if page]
         holes = sorted(index for index in self.free if index < used)
@@ -437,8 +438,9 @@ class Piece:
     reads: list[tuple[int, int]]
 
     def __post_init__(self):
-        self.spans = [(self.start, range(len(self.ids)), len(self.ids))]  # who sees what: prefill_attention.py
-        self.last = 0, [], []  # the suffix that was added last: its cut, its tokens, and where they are in ids
+        # who sees what, see prefill_attention.py; and of the suffix added last the cut, tokens, places in ids
+        self.spans = [(self.start, range(len(self.ids)), len(self.ids))]
+        self.last = 0, [], []
 
     def add(self, cut: int, suffix: list[int], rows: list[int]) -> None:
         """Let a suffix ride behind the run: it sees the sequence's first `cut` tokens and itself, and what
@@ -800,8 +802,9 @@ class Sampler:
 
     @torch.inference_mode()
     def reply_logits(self, prompts: list[list[int]], stem: list[int], token_ids: list[int],
-                     max_new_tokens: int, end_ids: list[int] | None = None) -> tuple[list[Rollout], torch.Tensor]:
-        """A greedy reply a prompt, then logits (N, len(token_ids)) f32 of what follows prompt + reply + `stem`.
+                     max_new_tokens: int,
+                     end_ids: list[int] | None = None) -> tuple[list[Rollout], torch.Tensor]:
+        """A greedy reply a prompt, then logits (N, len(token_ids)) f32 after prompt + reply + `stem`.
 
         The reply's end token is left out. The stem is read over the reply's own cache. No stem: zeros."""
         self.check(prompts, 1, 0.0, [len(p) + max_new_tokens + len(stem) for p in prompts])

@@ -91,7 +91,7 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
     """Whether the answer of `text` (a trace) is the reference `answer` (bare, or boxed itself). Texts cannot
     make it hang or raise: what cannot be read, or not compared within the limits above, is not correct.
 
-    A trace cut off (not `finished`) must have boxed its answer: its last number is merely where it stopped."""
+    A trace cut off (not `finished`) must have boxed its answer: its last number is where it stopped."""
     guess = extract_answer(text) if finished else last_box(text)
     gold = extract_answer(answer) if "\\boxed" in answer else answer
     guess, gold = _clean(guess or ""), _clean(gold or "")

@@ -55,7 +55,11 @@ def paged_attention(query, keys, values, table, lengths, scaling, plan=None):
 @dataclass(frozen=True)
 class Plan:
     """Who reads which page, as tensors. The first n pages of the pool are read once each, for one row; the S
-    pages of `shared` once more, for up to B rows each. That makes E = n KVH + S KVH B reads by g heads."""
+    pages of `shared` once more, for up to B rows each. That makes E = n KVH + S KVH B reads by g heads.
+
+    Pages of 2 tokens, one head, rows of 3 and 4 tokens with table [[0, 1], [0, 2]], so that page 0 is shared:
+    shared [0], reader [0, 0, 1, 0, 1], target [2, 0, 1, 0, 1] (2: page 0's own read serves nobody), place
+    [4, 1, 3, 0, 2] (4: nowhere), and the bias of page 1, whose second token is none, [0, -1e30]."""
 
     width: int  # M: pages of the longest row
     pages: int  # n
@@ -258,7 +262,7 @@ def check(device):
 
 def benchmark(rows=(1, 16, 64, 256, 1024), context=1024, H=12, KVH=2, D=128, P=32):
     """Qwen2.5-1.5B's heads: microseconds, and TB/s of keys and values read. With 5 stages loads are under way
-    while a block is computed (see `stages` in prefill_attention.py), but fewer programs fit on a processor."""
+    while a block is computed (see block_shape in prefill_attention.py), but fewer programs fit."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
           f"bfloat16, {context} tokens a row, {H} heads on {KVH} of {D}")
     M = context // P
