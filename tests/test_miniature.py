@@ -4,14 +4,13 @@ import json
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import is_correct, load_problems
+from data import Problem, is_correct, load_problems
 from data import miniature as mini
 from judge import Judge
 from sample import Sampler, load_lm
@@ -27,14 +26,14 @@ def solve(question: str) -> dict[str, int]:
     return values
 
 
-def example(**kwargs):
+def problem_of(row) -> Problem:
+    return Problem("", row.question, row.solution, row.answer, "math")
+
+
+def example() -> Problem:
     """A problem by hand: c = 7, d = 10, e = 30; d and e are asked for."""
-    return SimpleNamespace(
-        question="a=04; b=10; c:a+3; d:c+3; e:b*3? d e",
-        solution="1) c=07\n2) d=10\n3) e=30\n\\boxed{d=10,e=30}",
-        answer="d=10,e=30",
-        **kwargs,
-    )
+    return Problem("", "a=04; b=10; c:a+3; d:c+3; e:b*3? d e",
+                   "1) c=07\n2) d=10\n3) e=30\n\\boxed{d=10,e=30}", "d=10,e=30", "math")
 
 
 STEP_C, STEP_D, STEP_E = "### c\na=04+3 c=07\n", "### d\nc=07+3 d=10\n", "### e\nb=10*3 e=30\n"
@@ -160,7 +159,7 @@ def test_chat_template_and_segments(tokenizer):
         return_dict=False,
     )
     judge = Judge(torch_model(), tokenizer, mini.JUDGE_PROMPTS)
-    before, after = judge.prompt(SimpleNamespace(**problem._asdict()))
+    before, after = judge.prompt(problem_of(problem))
     assert whole == before + judge.quote(RIGHT) + after
 
 
@@ -172,7 +171,7 @@ def test_training_rows_are_the_exchange_that_the_judge_has(tokenizer):
         trace = mini.some_trace(rng, problem)
         for view, rubric in mini.GRADES.items():
             ids, targets, weights = mini.judge_prompt(view, problem.question, problem.solution, trace)
-            before, after = judge.prompt(SimpleNamespace(**problem._asdict()), view)
+            before, after = judge.prompt(problem_of(problem), view)
             written = mini.encode(mini.critique(view, problem.solution, trace))
             grade = judge.digit_ids[rubric(problem.solution, trace) - 1]
             assert ids == before + judge.quote(trace) + after + written + judge.stem + [grade]
@@ -277,7 +276,7 @@ def test_judge_grades_by_hand(judge):
     problems = load_problems(str(FOLDER / "dev.jsonl"))[:12]
 
     def mean_grade(trace_of, problems=problems, other=None):
-        asked = [SimpleNamespace(**(other._asdict() if other else vars(p))) for p in problems]
+        asked = [problem_of(other or p) for p in problems]
         verdicts = judge.grade(asked, [trace_of(p) for p in problems])
         return 1 + 4 * sum(v.grades[0] for v in verdicts) / len(verdicts)
 
@@ -304,7 +303,7 @@ def test_judge_grades_by_hand(judge):
 def test_judge_values_prefixes_by_hand(judge):
     """High while nothing is contradicted, lower after an error, on whole steps."""
     rng = random.Random(8)
-    problems = [SimpleNamespace(**mini.make_problem(rng, mini.HARD)._asdict()) for _ in range(12)]
+    problems = [problem_of(mini.make_problem(rng, mini.HARD)) for _ in range(12)]
 
     def grades(trace_of):
         steps = [re.split(r"(?=###)", trace_of(p))[1:] for p in problems]
@@ -332,7 +331,7 @@ def test_judge_grades_lone_steps_by_hand(judge):
         asked["-"].append((problem, f"### {name}\na=50+1 {name}=51\n"))
     means = {}
     for mark, pairs in asked.items():
-        problems = [SimpleNamespace(**problem._asdict()) for problem, _ in pairs]
+        problems = [problem_of(problem) for problem, _ in pairs]
         verdicts = judge.grade(problems, [[step] for _, step in pairs], "segment")
         means[mark] = 1 + 4 * sum(v.grades[0] for v in verdicts) / len(pairs)
     assert means["+"] > 4.5 and 2.5 < means["?"] < 3.5 and means["-"] < 1.7
@@ -352,7 +351,7 @@ def test_judge_writes_the_grade_that_it_is_read_to_give(judge):
 
 def test_judge_sees_a_wrong_box_after_right_work(judge):
     rng = random.Random(7)
-    problems = [SimpleNamespace(**mini.make_problem(rng, mini.HARD)._asdict()) for _ in range(12)]
+    problems = [problem_of(mini.make_problem(rng, mini.HARD)) for _ in range(12)]
     entry = re.compile(r"\\boxed\{(\w)=\d\d")
     traces = [entry.sub(r"\\boxed{\1=00", mini.work(rng, p.question, 0)) for p in problems]
     assert 1 + 4 * sum(v.grades[0] for v in judge.grade(problems, traces)) / len(problems) < 4.2
