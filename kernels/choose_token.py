@@ -2,14 +2,13 @@
 
     token ~ softmax(logits / T)    logprob = log softmax(logits / T)[token]    T = 0: greedy, logprob at T = 1
 
-PyTorch (CPU): the inverse of the cumulative distribution at one uniform number per row. Drawing a number per
-entry costs more than all of this; sums of blocks of 256 entries are accumulated, then the entries of one.
+The inverse of the cumulative distribution at one uniform number per row: sums of blocks of entries are
+accumulated, then the entries of the block in which the number falls. Drawing a number per entry (Gumbel-max)
+costs many times the rest, on a CPU and on a GPU.
 
-Triton (CUDA): one pass over the logits. token = argmax p / E, p = exp(logits / T), E exponential noise (the
-"exponential race": Gumbel-max with a logarithm less); maximum and sum of exponentials run along for the
-log-prob. The noise is Philox 4x32-7 (Salmon et al. 2011: the fewest rounds that pass all of their tests) of
-(seed, trace, position, entry): a row's token depends on nothing else. Few rows are split over the vocabulary,
-a second kernel takes the best.
+PyTorch (CPU): the numbers are given. Triton (CUDA): one pass over the logits leaves each block's maximum and
+sum, a second kernel draws from these and reads one block again; the number is Philox 4x32-10 of (seed, trace,
+position), so a row's token depends on nothing else.
 
 Left out: top-k, top-p (the sampled distribution would not be the trained one), penalties.
 """
@@ -22,7 +21,7 @@ try:
 except ImportError:  # macOS and Windows have no Triton: the PyTorch version serves
     triton = None
 
-BLOCK = 256  # entries per block of the cumulative sum
+BLOCK, GPU_BLOCK = 256, 4096  # entries per block of the cumulative sum
 ROWS = 16  # at a time: memory for many is cleared by the system at every step, which took most of the time
 
 
@@ -64,92 +63,75 @@ def _invert(weights, uniform):
 if triton is not None:
 
     @triton.jit
-    def choose_kernel(
-        logits_ptr, seed_ptr, temperature_ptr, trace_ptr, position_ptr, entry_ptr, stats_ptr, V, row_stride,
-        SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """One program per row and split. Leaves the best entry and (its z with noise, its z, max, sum)."""
-        row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        seed, temperature = tl.load(seed_ptr), tl.load(temperature_ptr)
-        trace, position = tl.load(trace_ptr + row * row_stride), tl.load(position_ptr + row * row_stride)
-        greedy = temperature == 0.0
-        scale = 1.0 / tl.where(greedy, 1.0, temperature)
-        per_split = tl.cdiv(tl.cdiv(V, 4 * BLOCK), SPLITS) * 4 * BLOCK
-        start, end = split * per_split, tl.minimum(V, (split + 1) * per_split)
-        # Each lane for itself until the end: a reduction makes the warps wait. The lowest value is finite,
-        # since -inf less -inf would be NaN.
-        lowest = tl.full([BLOCK], -3.0e38, tl.float32)
-        zero = tl.zeros([BLOCK], tl.float32)
-        best_z, top, total, best_p, best_e = lowest, lowest, zero, zero, zero + 1.0
-        best_entry = start + tl.arange(0, BLOCK) * 0
-        for block in range(start, end, 4 * BLOCK):
-            quad = block // 4 + tl.arange(0, BLOCK)  # one Philox call serves four entries
-            n0, n1, n2, n3 = tl.philox(seed, quad.to(tl.uint32), position.to(tl.uint32) + tl.zeros_like(quad),
-                                       trace.to(tl.uint32) + tl.zeros_like(quad), tl.zeros_like(quad),
-                                       n_rounds=7)
-            at, entry = logits_ptr + row * V + quad * 4, quad * 4
-            z0 = tl.load(at, mask=entry < end, other=-float("inf")).to(tl.float32) * scale
-            z1 = tl.load(at + 1, mask=entry + 1 < end, other=-float("inf")).to(tl.float32) * scale
-            z2 = tl.load(at + 2, mask=entry + 2 < end, other=-float("inf")).to(tl.float32) * scale
-            z3 = tl.load(at + 3, mask=entry + 3 < end, other=-float("inf")).to(tl.float32) * scale
-            new_top = tl.maximum(tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)), top)
-            shrink = tl.exp(top - new_top)
-            top, total, best_p = new_top, total * shrink, best_p * shrink
-            for i in tl.static_range(4):
-                noise = n0 if i == 0 else n1 if i == 1 else n2 if i == 2 else n3
-                z = z0 if i == 0 else z1 if i == 1 else z2 if i == 2 else z3
-                p = tl.exp(z - top)
-                total += p
-                # E = -log(1 - u): small E decides, so it is taken from u's full 32 bits, by its series near 0
-                u = (noise.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-                e = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(tl.maximum(1.0 - u, 1e-30)))
-                better = tl.where(greedy, z > best_z, p * best_e > best_p * e)  # of equal ones the first
-                best_entry, best_z = tl.where(better, entry + i, best_entry), tl.where(better, z, best_z)
-                best_p, best_e = tl.where(better, p, best_p), tl.where(better, e, best_e)
-        best = tl.where(greedy, best_z, best_z - tl.log(best_e))
-        highest = tl.max(best, 0)
-        chosen = tl.min(tl.where(best == highest, best_entry, 2147483647), 0)
-        all_top, at = tl.max(top, 0), row * SPLITS + split
-        tl.store(entry_ptr + at, chosen)
-        tl.store(stats_ptr + at * 4, highest)
-        tl.store(stats_ptr + at * 4 + 1, tl.max(tl.where(best_entry == chosen, best_z, -float("inf")), 0))
-        tl.store(stats_ptr + at * 4 + 2, all_top)
-        tl.store(stats_ptr + at * 4 + 3, tl.sum(total * tl.exp(top - all_top), 0))
+    def sum_kernel(logits_ptr, temperature_ptr, stats_ptr, V, BLOCK: tl.constexpr):
+        """One program per row and block: the largest z, and the sum of 2^(z - that); z in powers of 2."""
+        row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+        temperature = tl.load(temperature_ptr)
+        scale = 1.4426950408889634 / tl.where(temperature == 0.0, 1.0, temperature)
+        entry = block * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + row * V + entry, mask=entry < V, other=-float("inf")).to(tl.float32) * scale
+        top = tl.maximum(tl.max(z, 0), -3.0e38)  # finite: -inf less -inf would be NaN
+        tl.store(stats_ptr + (row * blocks + block) * 2, top)
+        tl.store(stats_ptr + (row * blocks + block) * 2 + 1, tl.sum(tl.exp2(z - top), 0))
 
     @triton.jit
-    def best_kernel(entry_ptr, stats_ptr, out_ptr, SPLITS: tl.constexpr):
-        """One program per row: its splits' best, and the log-prob of that."""
-        row, split = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
-        at = row * SPLITS + split
-        best, z, top, total = (tl.load(stats_ptr + at * 4), tl.load(stats_ptr + at * 4 + 1),
-                               tl.load(stats_ptr + at * 4 + 2), tl.load(stats_ptr + at * 4 + 3))
-        first = tl.min(tl.where(best == tl.max(best, 0), split, SPLITS), 0)
-        chosen = split == first
+    def invert(weight, fraction, N: tl.constexpr):
+        """Where `fraction` of the sum of weight (N,) falls, and how far into that. Never where weight is 0,
+        though sums taken in another order may rise there."""
+        at, sums = tl.arange(0, N), tl.cumsum(weight, 0)
+        target = tl.minimum(fraction, 1.0 - 1.1920929e-07) * tl.max(sums, 0)
+        found = tl.min(tl.where((sums > target) & (weight > 0.0), at, N), 0)
+        found = tl.minimum(found, tl.max(tl.where(weight > 0.0, at, 0), 0))
+        own = tl.sum(tl.where(at == found, weight, 0.0), 0)
+        before = tl.sum(tl.where(at == found, sums, 0.0), 0) - own
+        return found, tl.maximum((target - before) / own, 0.0)
+
+    @triton.jit
+    def draw_kernel(
+        logits_ptr, stats_ptr, seed_ptr, temperature_ptr, trace_ptr, position_ptr, out_ptr, V, row_stride, blocks,
+        BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """One program per row: the block in which the row's number falls, then the entry of that block."""
+        row, temperature = tl.program_id(0).to(tl.int64), tl.load(temperature_ptr)
+        trace, position = tl.load(trace_ptr + row * row_stride), tl.load(position_ptr + row * row_stride)
+        bits, _, _, _ = tl.philox(tl.load(seed_ptr), position, trace, 0, 0)
+        greedy = temperature == 0.0
+        scale = 1.4426950408889634 / tl.where(greedy, 1.0, temperature)
+        index = tl.arange(0, BLOCKS)
+        stats_ptr += (row * blocks + index) * 2
+        top = tl.load(stats_ptr, mask=index < blocks, other=-3.0e38)
         all_top = tl.max(top, 0)
-        lse = all_top + tl.log(tl.sum(total * tl.exp(top - all_top), 0))
-        token = tl.sum(tl.where(chosen, tl.load(entry_ptr + at), 0), 0)
+        weight = tl.load(stats_ptr + 1, mask=index < blocks, other=0.0) * tl.exp2(top - all_top)
+        block, fraction = invert(weight, (bits >> 8).to(tl.float32) * 5.9604645e-08, BLOCKS)  # of 24 bits
+        if greedy:
+            block = tl.min(tl.where(top == all_top, index, BLOCKS), 0)  # of equal ones the first
+        at = tl.arange(0, BLOCK)
+        entry = block * BLOCK + at
+        z = tl.load(logits_ptr + row * V + entry, mask=entry < V, other=-float("inf")).to(tl.float32) * scale
+        own_top = tl.maximum(tl.max(z, 0), -3.0e38)
+        place, _ = invert(tl.exp2(z - own_top), fraction, BLOCK)
+        if greedy:
+            place = tl.min(tl.where(z == own_top, at, BLOCK - 1), 0)
+        chosen = tl.sum(tl.where(at == place, z, 0.0), 0)
+        token = tl.minimum(block * BLOCK + place, V - 1)  # where the logits are NaN it is any
         tl.store(out_ptr + row * 2, token.to(tl.float32))
-        tl.store(out_ptr + row * 2 + 1, tl.sum(tl.where(chosen, z, 0.0), 0) - lse)
+        tl.store(out_ptr + row * 2 + 1, (chosen - all_top) * 0.6931471805599453 - tl.log(tl.sum(weight, 0)))
 
 
-def triton_choose(logits, temperature, seed, trace, position, splits=None):
+def triton_choose(logits, temperature, seed, trace, position):
     """logits (R,V) contiguous; temperature (1,) f32, seed (1,) int64; trace, position (R,) int32, one stride.
 
     -> (R,2) f32: token and logprob; a float32 holds every id below 2^24. Temperature and seed are tensors, so
-    that a CUDA graph can be replayed with others. splits: a power of two."""
+    that a CUDA graph can be replayed with others."""
     R, V = logits.shape
     assert logits.is_contiguous() and trace.stride() == position.stride() and V < 2**24
-    if splits is None:  # some 512 programs, of 4 blocks each at least
-        splits = 1
-        while splits < 64 and splits * R < 512 and splits * 8 * BLOCK * 4 <= V:
-            splits *= 2
-    entry = torch.empty(R, splits, dtype=torch.int32, device=logits.device)
-    stats = torch.empty(R, splits, 4, dtype=torch.float32, device=logits.device)
+    blocks = triton.cdiv(V, GPU_BLOCK)
+    stats = torch.empty(R, blocks, 2, dtype=torch.float32, device=logits.device)
     out = torch.empty(R, 2, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        choose_kernel[(R, splits)](logits, seed, temperature, trace, position, entry, stats, V,
-                                   trace.stride(0), SPLITS=splits, BLOCK=BLOCK)
-        best_kernel[(R,)](entry, stats, out, SPLITS=splits, num_warps=1)
+        sum_kernel[(R, blocks)](logits, temperature, stats, V, BLOCK=GPU_BLOCK)
+        draw_kernel[(R,)](logits, stats, seed, temperature, trace, position, out, V, trace.stride(0), blocks,
+                          BLOCK=GPU_BLOCK, BLOCKS=max(16, triton.next_power_of_2(blocks)), num_warps=8)
     return out
 
 

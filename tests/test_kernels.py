@@ -304,8 +304,9 @@ def test_kernels_compile_for_a_hopper_gpu():
         prefill = importlib.import_module("kernels.prefill_attention")
         ops = importlib.import_module("kernels.layer_ops")
         for z, rows, block in (("*bf16", 128, 64), ("*fp32", 32, 32)):
-            build(choose.choose_kernel, f"{z} *i64 *fp32 *i32 *i32 *i32 *fp32 i32 i32", warps=4, SPLITS=4,
-                  BLOCK=256)
+            build(choose.sum_kernel, f"{z} *fp32 *fp32 i32", warps=4, BLOCK=4096)
+            build(choose.draw_kernel, f"{z} *fp32 *i64 *fp32 *i32 *i32 *fp32 i32 i32 i32", warps=8, BLOCK=4096,
+                  BLOCKS=64)
             for D, splits, out in ((64, 1, z), (128, 8, "*fp32")):  # heads of SmolLM2 and Qwen2.5-1.5B
                 build(attention.paged_attention_kernel, f"{z} {z} {z} *i32 *i32 {out} *fp32 fp32 i32 i32 i32",
                       warps=4, P=32, D=D, GROUP=6, GROUP_BLOCK=16, TOKEN_BLOCK=block, D_BLOCK=D,
@@ -321,8 +322,6 @@ def test_kernels_compile_for_a_hopper_gpu():
             none = dict.fromkeys(("keys_ptr", "values_ptr", "page_ptr", "place_ptr"))
             build(ops.rotate_kernel, f"{z} *fp32 *fp32 {z} {z} fp32 i32", warps=4, **shape, **none)
             build(ops.swiglu_kernel, f"{z} {z} i32", warps=4, BLOCK=1024)
-        for splits in (1, 64):
-            build(choose.best_kernel, "*i32 *fp32 *fp32", warps=1, SPLITS=splits)
     """
     run_python(code)
 

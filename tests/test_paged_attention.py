@@ -107,54 +107,65 @@ def test_gpu_sizes(rows):
 # ---- the token choice --------------------------------------------------------------------------------------
 
 
-def philox(seed, trace, position, entry, rounds=7):
-    """Philox 4x32 as Triton's tl.philox computes it: the 32 bits of each entry, as uint64."""
-    words = np.broadcast_arrays(entry // 4, position, trace, 0)
-    c0, c1, c2, c3 = (word.astype(np.uint64) for word in words)
+def philox(seed, c0, c1):
+    """Philox 4x32-10 of the counter (c0, c1, 0, 0) as Triton's tl.philox computes it: four words, as uint64."""
+    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in np.broadcast_arrays(c0, c1, 0, 0))
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(rounds):
+    for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c3 ^ k1, a & 0xFFFFFFFF
         k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
-    return np.choose(entry % 4, [c0, c1, c2, c3])
+    return c0, c1, c2, c3
 
 
-def gumbel_choose(logits, temperature, seed, trace, position):
-    """What the Triton version draws, in float64: same noise, same token."""
-    z = logits.double() / (temperature or 1.0)
-    logp = z.log_softmax(-1)
-    if temperature > 0:
-        bits = philox(seed, trace.numpy()[:, None], position.numpy()[:, None], np.arange(z.shape[1]))
-        z = z - (-torch.log1p(-torch.from_numpy((bits + 0.5) / 2**32))).log()
-    token = z.argmax(-1)
+def numbers(seed, trace, position):
+    """What the Triton version draws by, in float64."""
+    return torch.from_numpy((philox(seed, position.numpy(), trace.numpy())[0] >> 8) / 2**24)
+
+
+def plain_choose(logits, temperature, seed, trace, position):
+    logp = (logits.double() / temperature).log_softmax(-1)
+    token = torch.searchsorted(logp.exp().cumsum(-1), numbers(seed, trace, position)[:, None], right=True)[:, 0]
     return token, logp.gather(1, token[:, None])[:, 0].float()
 
 
-def test_philox_is_the_published_one():
-    """The known answers of Random123 for counter 0, key 0."""
-    for rounds, want in ((10, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-                         (7, "5f6fb709 0d893f64 4f121f81 4f730a48")):
-        assert " ".join(f"{x:08x}" for x in philox(0, 0, 0, np.arange(4), rounds)) == want
-
-
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_triton_choice_is_its_twin(splits, temperature):
+def triton_choose(logits, temperature, seed, trace, position):
     if choose.triton is None:
         pytest.skip("no Triton")
-    logits = 3 * torch.randn(4, 5003, generator=torch.Generator().manual_seed(1))
+    rows = torch.stack([trace, position], 1).int().to(DEVICE)
+    drawn = choose.triton_choose(logits.to(DEVICE), torch.tensor([float(temperature)], device=DEVICE),
+                                 torch.tensor([seed], device=DEVICE), *rows.unbind(1))
+    return drawn.cpu()[:, 0].long(), drawn.cpu()[:, 1]
+
+
+def test_philox_is_the_published_one():
+    """The known answer of Random123 for counter 0, key 0."""
+    assert " ".join(f"{x:08x}" for x in philox(0, 0, 0)) == "6627e8d5 e169c58d bc57ac4c 9b00dbd8"
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_triton_choice_is_its_twin(monkeypatch, block, temperature):
+    monkeypatch.setattr(choose, "GPU_BLOCK", block)
+    logits = 3 * torch.randn(40, 5003, generator=torch.Generator().manual_seed(1))
     logits[1, 17:4000] = -torch.inf
     logits[3] *= 300  # nearly all exponentials are 0
-    rows = torch.tensor([[5, 0], [7, 3], [2**31 - 1, 9], [1, 1]], dtype=torch.int32)
-    want = gumbel_choose(logits, temperature, 2**40 + 3, *rows.unbind(1))
-    token, logprob = choose.triton_choose(
-        logits.to(DEVICE), torch.tensor([temperature], device=DEVICE),
-        torch.tensor([2**40 + 3], device=DEVICE), *rows.to(DEVICE).unbind(1), splits).cpu().unbind(1)
-    assert token.tolist() == want[0].tolist()
-    assert torch.allclose(logprob, want[1], atol=1e-5)
+    trace, position = torch.arange(40) * 52_000_000, torch.arange(40) % 7
+    token, logprob = triton_choose(logits, temperature, 2**40 + 3, trace, position)
+    logp = (logits.double() / (temperature or 1.0)).log_softmax(-1)
+    assert torch.allclose(logprob, logp.gather(1, token[:, None])[:, 0].float(), atol=1e-5)
+    if temperature == 0:
+        assert torch.equal(token, logits.argmax(-1))
+    else:  # where the number falls, but for rounding
+        u, p = numbers(2**40 + 3, trace, position), logp.exp()
+        upper = p.cumsum(-1).gather(1, token[:, None])[:, 0]
+        lower = upper - p.gather(1, token[:, None])[:, 0]
+        assert (lower <= u + 2e-6).all() and (u <= upper + 2e-6).all()
+        same = token == plain_choose(logits, temperature, 2**40 + 3, trace, position)[0]
+        assert same.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("version", ["inverse", "gumbel"])
+@pytest.mark.parametrize("version", ["torch", "triton's twin"])
 def test_choices_follow_the_distribution(version):
     """Chi-square over 40,000 draws from 700 entries (three blocks), bins of at least 20 expected draws."""
     draws, V = 40_000, 700
@@ -163,15 +174,30 @@ def test_choices_follow_the_distribution(version):
     counts = torch.zeros(V)
     for start in range(0, draws, 4000):
         rows = logits.expand(4000, V)
-        if version == "inverse":
+        if version == "torch":
             uniform = torch.rand(4000, generator=torch.Generator().manual_seed(start))
             token, logprob = choose.choose_token(rows, 1.3, uniform)
         else:
             trace = torch.arange(start, start + 4000)
-            token, logprob = gumbel_choose(rows, 1.3, 11, trace, trace % 7)
+            token, logprob = plain_choose(rows, 1.3, 11, trace, trace % 7)
         assert torch.allclose(logprob, p.log()[token].float(), atol=1e-5)
         counts += torch.bincount(token, minlength=V)
     tiny.assert_distributed(counts, p, draws)
+
+
+@needs_triton
+def test_weights_of_0_are_never_drawn_by_triton(monkeypatch):
+    """Half of the entries, and whole blocks, have probability 0; numbers fall on the borders between them."""
+    monkeypatch.setattr(choose, "GPU_BLOCK", 16)
+    logits = torch.zeros(100, 70)
+    logits[:, 1::2] = -torch.inf
+    logits[:, 32:48] = -torch.inf
+    token, logprob = triton_choose(logits, 1.0, 5, torch.arange(100), torch.zeros(100))
+    assert (token % 2 == 0).all() and not ((token >= 32) & (token < 48)).any() and len(token.unique()) > 20
+    assert torch.allclose(logprob, -torch.tensor(27.0).log(), atol=1e-5)
+    logits[0] = torch.nan  # the sampler sees it by the log-prob; the token is one of the vocabulary
+    token, logprob = triton_choose(logits[:3], 1.0, 5, torch.arange(3), torch.zeros(3))
+    assert logprob[0].isnan() and 0 <= token[0] < 70 and logprob[1:].isfinite().all()
 
 
 def test_choices_on_hard_rows():
