@@ -271,12 +271,14 @@ def benchmark(rows=(1, 16, 64, 256, 1024), context=1024, H=12, KVH=2, D=128, P=3
         keys, values = torch.randn(2, max(R * M, 2**12), KVH, P, D, device="cuda", dtype=torch.bfloat16)
         table = torch.randperm(len(keys), device="cuda")[: R * M].view(R, M).int()
         lengths = torch.full((R,), context, device="cuda", dtype=torch.int32)
-        for stages in (3, 5):
+        usual = split_count(R * KVH, M, torch.cuda.get_device_properties(0).multi_processor_count)
+        for splits, stages in ((s, n) for s in sorted({usual, max(1, usual // 2)}) for n in (3, 5)):
             run = lambda: triton_paged_attention(  # noqa: B023
-                query, keys, values, table, lengths, D**-0.5, stages=stages)
+                query, keys, values, table, lengths, D**-0.5, splits, stages)
             ms = triton.testing.do_bench_cudagraph(run)
             speed = 4e-9 * R * context * KVH * D / ms
-            print(f"{R:6} rows, {stages} stages {1000 * ms:8.1f} us {speed:6.2f} TB/s")
+            print(f"{R:6} rows, {splits} splits, {stages} stages {1000 * ms:8.1f} us {speed:6.2f} TB/s"
+                  + "  (as in use)" * (splits == usual and stages == 3))
 
 
 if __name__ == "__main__":
