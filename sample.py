@@ -665,11 +665,20 @@ class Sampler:
         with self.open(len(rows.buffer) + 2, longest) as cache:
             if self.replay:
                 rows.buffer = self.replay.host.numpy()[: len(rows.buffer)]
+            ended: list[Trace] = []  # they hold their pages
             while waiting or rows.traces:
                 self.admit(cache, rows, waiting)
                 self.grow(cache, rows, waiting)
                 self.step(cache, rows)
-                hand_over(self.end(cache, rows, at_end))
+                ended += self.end(rows)
+                # What is read behind traces is read of several at once, while rows go on and pages suffice.
+                if ended and (not at_end or not rows.traces or 8 * len(ended) >= len(rows.buffer)
+                              or len(cache.free) < len(rows.traces)):
+                    if at_end:
+                        at_end(cache, rows, ended)
+                    self.release(cache, rows, ended)
+                    hand_over(ended)
+                    ended = []
         return results
 
     def admit(self, cache: Cache, rows: Rows, waiting: deque[Work]) -> None:
@@ -743,22 +752,23 @@ class Sampler:
         hidden = self.network(state[:, TOKEN].long(), state[:, LENGTH].long(), Decode(cache, state))
         return self.network.head(hidden)
 
-    def end(self, cache: Cache, rows: Rows, at_end=None) -> list[Trace]:
+    def end(self, rows: Rows) -> list[Trace]:
         """Take the traces that are done out of their rows."""
         finished = np.isin(rows.state[:, TOKEN], rows.ends)
         done = np.flatnonzero(finished | (rows.state[:, POSITION] == rows.max_new_tokens)).tolist()
         traces = [rows.remove(row) for row in reversed(done)]
         for trace, row in zip(traces, reversed(done)):
             trace.finished = bool(finished[row])
-        if at_end and traces:
-            at_end(cache, rows, traces)
+        return traces
+
+    def release(self, cache: Cache, rows: Rows, traces: list[Trace]) -> None:
+        """Free the pages of traces that ended."""
         for trace in traces:
             cache.drop(trace.pages)
-        if traces and not self.replay and cache.holes() > 16:
+        if not self.replay and cache.holes() > 16:
             cache.compact()
             for row in range(len(rows.traces)):
                 rows.address(row)
-        return traces
 
     def sample_slowly(self, traces: list[Trace], rows: Rows) -> None:
         """With transformers' own cache, for layers that pages do not cover: the traces of one prompt as a

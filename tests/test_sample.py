@@ -207,12 +207,13 @@ def test_suffixes_that_start_alike_are_computed_once():
     assert sampler.tokens == sum(map(len, prompts)) - 2 * PAGE + len(prompts) * 2 * (len(ask) + 4)
 
 
-@pytest.mark.parametrize("pages", [None, 7])
-def test_a_forced_stem_continues_the_reply(pages):
-    """The critique judge: reply, stem, logits, with pauses when pages are few."""
+@pytest.mark.parametrize("many, rows, pages", [(9, 5, None), (9, 5, 7), (24, 24, None), (24, 24, 9)])
+def test_a_forced_stem_continues_the_reply(many, rows, pages):
+    """The critique judge: reply, stem, logits, with pauses when pages are few. Of 24 rows three are read at
+    once, unless pages run out before."""
     net = tiny.model(seed=6)
-    prompts = [[i % 250 for i in range(70)] + p for p in random_prompts(9, 30, seed=4)]
-    sampler = Sampler(net, max_rows=5, cache_gb=pages and pages * page_bytes(net) / 2**30)
+    prompts = [[i % 250 for i in range(70)] + p for p in random_prompts(many, 30, seed=4)]
+    sampler = Sampler(net, max_rows=rows, cache_gb=pages and pages * page_bytes(net) / 2**30)
     ends, stem = list(range(0, 260, 20)), list(range(100, 140))
     rollouts, logits = sampler.reply_logits(prompts, stem, [3, 1], 40, end_ids=ends)
     assert bool(sampler.pauses) == bool(pages)
