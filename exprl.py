@@ -3,7 +3,7 @@
     python exprl.py                                   # the embedded miniature, a few minutes on two CPU cores
     python exprl.py --model Qwen2.5-1.5B              # GSM8K from the hub; the start model is the judge
     python exprl.py --model M --judge J --data problems.jsonl --eval-data held_out.jsonl --method process
-    python exprl.py --model runs/NAME/checkpoints/step_N --preset paper-stage2      # Stage II, after Stage I
+    python exprl.py --model runs/NAME/checkpoints/step_N --data D --preset paper-stage2           # Stage II
     python exprl.py --resume runs/NAME                # goes on exactly where the newest checkpoint stands
     torchrun --nproc_per_node=8 exprl.py --model M ...                  # eight GPUs: section "Processes"
 
@@ -17,7 +17,7 @@ and checkpoints, several processes, the loop with its logs, the command line.
 Departures from the paper's released code, one a line (README.md has all of them):
 - the judge writes no reply by default: an expected grade over five digit tokens, or a small one a likelihood
 - an unread grade removes its trace from loss, KL and group statistics; it never counts as the worst grade
-- the loss is the mean over all sampled tokens of an optimizer update, however it is split into micro-batches
+- the loss is by default the mean over all sampled tokens of an update, however it is split into micro-batches
 - one optimizer update per step by default (ratio 1, no pass for old log-probs); `--updates` for more
 - a trace is cut off if it has no end token, not if it has a certain length
 - Process: a heading opens its own step; EndNorm and GroupNorm as in the paper's equations, not as coded
@@ -82,10 +82,10 @@ class Settings:
     """One line per flag: its name, its default, and (behind #) its help; a comment alone heads a group."""
 
     # models and data
-    model: str = ""  # policy: folder, hub id or bare well-known name; without it the embedded miniature runs
+    model: str = ""  # policy: folder, hub id or bare well-known name; default: the preset's, or the miniature
     judge: str = ""  # judge model; default: the policy's own start, frozen, as in the paper
     data: tuple[str, ...] = ("openai/gsm8k",)  # training data: .jsonl, .json, .parquet files or hub data sets
-    eval_data: tuple[str, ...] = ()  # held-out problems; default: the hub data set's test split, else none
+    eval_data: tuple[str, ...] = ()  # held-out problems; default: GSM8K's test split beside GSM8K, else none
     max_prompt_tokens: int = 2048  # longer questions are reported and left out, never cut
     skip_bad_rows: bool = False  # count and drop bad rows of the data instead of stopping
     # sampling
@@ -101,7 +101,7 @@ class Settings:
     step_view: str = "prefix"  # process: the judge sees the trace up to a step's end, or the lone segment
     overlong: str = "zero"  # a trace cut off: zero (process: advantage 0), last (step 0), judge (as is), drop
     check_judge: int = 8  # before step 1, does it rank the traces of so many problems? 0 = no such check
-    max_unread: float = 0.5  # stop when more than this share of a step's grades cannot be read
+    max_unread: float = 0.5  # stop when the judge cannot be read on more than this share of a step's traces
     # method, from grades to advantages
     method: str = "outcome"  # outcome (a grade a trace), process (a step), grpo (exact match), sft, distill
     norm: str = "std"  # std: (s - mean) / std in the group (GRPO); mean: s - mean (Dr. GRPO)
@@ -122,7 +122,7 @@ class Settings:
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.28  # and above 1 + this (clip-higher)
     dual_clip: float = 3.0  # bound of the loss for a negative advantage, as a multiple of it
-    loss_mean: str = "token"  # the loss is a mean over an update's tokens; trace: over its traces (Eq. 1)
+    loss_mean: str = "token"  # mean over an update's tokens; trace: mean of its traces' sums (Eq. 1)
     microbatch_tokens: int = 8192  # rows x longest row per forward and backward: lower if memory runs out
     checkpoint_activations: bool = False  # recompute activations in the backward pass: slower, less memory
     # run
@@ -1371,9 +1371,9 @@ def command_line() -> argparse.ArgumentParser:
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--preset", choices=PRESETS,
-                      help="a set of defaults, which flags still change; without --model the miniature's; "
-                           "paper and paper-stage2 are the authors' data and settings, their judge's habits "
-                           "aside (see The paper's own runs in README.md)")
+                      help="a set of defaults, which flags still change; miniature without --preset and "
+                           "--model; paper and paper-stage2 are the authors' data and settings, their "
+                           "judge's habits aside (see The paper's own runs in README.md)")
     base.add_argument("--resume", type=Path, metavar="RUN",
                       help="go on from the newest checkpoint of this run's folder, with its settings")
     source = Path(__file__).read_text().split("class Settings:")[1].split("\n\n\n")[0]

@@ -19,8 +19,9 @@ Four readouts:
 A grade that cannot be read is NaN: never a silent 0.
 
 The trace is data, not text of the prompt: its special tokens are not recognised and its fences are defused,
-so no trace can end its fence or speak as somebody else. Departures from the paper's judge: reference and ask
-before the trace (theirs come last), own wording, no reply by default, prefixes as default view.
+so no trace can end its fence or speak as somebody else. Departures from the paper's judge: the reference, and
+unless it is to reply the ask, before the trace (theirs has the reference last), own wording, no reply by
+default, prefixes as default view.
 
 It knows nothing of policies, advantages or optimizers.
 """
@@ -792,8 +793,8 @@ def gamed(history: list[dict], window: int = 20) -> bool:
 
 # Misplace rates (%) of the paper's judges on its math problems, by reference: right, none, wrong. They write
 # a reply and end it with a digit (arXiv 2606.17024, judge calibration; 0.6B, 8B and 14B without thinking).
-PAPER = {"Qwen3-0.6B": (48.6, 48.5, 47.5), "Qwen3-4B": (17.8, 39.2, 50.4), "Qwen3-8B": (18.8, 36.0, 52.6),
-         "Qwen3-14B": (18.2, 38.5, 50.2)}
+PAPER = {"Qwen3-0.6B": (48.6, 48.5, 47.5), "Qwen3-4B-Instruct-2507": (17.8, 39.2, 50.4),
+         "Qwen3-8B": (18.8, 36.0, 52.6), "Qwen3-14B": (18.2, 38.5, 50.2)}
 COLUMNS = {  # title: what of calibrate's row stands below it, and how
     "reference": "{condition}", "AUROC": "{auroc:.3f}", "95% interval": "{auroc_low:.3f}..{auroc_high:.3f}",
     "misplace": "{misplace:.1%}", "grade right/wrong": "{grade_correct:.2f} / {grade_incorrect:.2f}",

@@ -1225,7 +1225,7 @@ def main() -> None:
     add("--out", type=new_file, help="write every trace to this JSONL file")
     add = parser.add_argument_group("sampling").add_argument
     add("--n", type=at_least(1), default=16, help="traces per problem")
-    add("--k", type=at_least(1), nargs="+", help="pass@k for these k (default: 1, 2, 4, ... n)")
+    add("--k", type=at_least(1), nargs="+", help="pass@k for these k (default: 1, 2, 4, ... up to n)")
     add("--max-new-tokens", type=at_least(1),
         help="where a trace is cut off (default: 1024, or half the context)")
     add("--temperature", type=float, default=1.0, help="0 is greedy")

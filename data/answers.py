@@ -1,10 +1,11 @@
 r"""Is this answer right, and what do many verdicts say: exact match, pass@k, bootstrap intervals.
 
-The answer of a text is its last \boxed{...} (balanced braces; or \fbox), else its last number. Plain decimals
-are compared here, exactly and in microseconds ("$1,000.00" is "1000", "051283" is "51283", "3e8" is
-"3 \times 10^{8}"); so are identical strings, words ("\text{even}" is "Even") and named numbers ("x=1, y=2" is
-"y=2, x=1"), options ("B) Mars" is "B") and a number against one with a unit ("18 books" is "18"). Everything
-else (fractions, roots, tuples, intervals, percent, other units) goes to math-verify, which reads LaTeX.
+The answer of a text is its last \boxed{...} (balanced braces; or \fbox), else its last number; of a trace cut
+off its box only. Plain decimals are compared here, exactly and in microseconds ("$1,000.00" is "1000",
+"051283" is "51283", "3e8" is "3 \times 10^{8}"); so are identical strings, words ("\text{even}" is "Even")
+and named numbers ("x=1, y=2" is "y=2, x=1"), options ("B) Mars" is "B") and a number against one with a unit
+("18 books" is "18"). Everything else (fractions, roots, tuples, intervals, percent, other units) goes to
+math-verify, which reads LaTeX.
 
 math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for years inside one C call, where
 no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces:

@@ -1,8 +1,9 @@
-"""Operations that deserve a GPU kernel, one per file: formula, PyTorch version, Triton version, check.
+"""Operations that deserve a GPU kernel, a file each: formula, PyTorch version, for most a Triton version.
 
-The PyTorch version serves the CPU and machines without Triton, the Triton version serves CUDA. token_logprob,
-token_advantages, paged_attention and prefill_attention, run as programs (`python kernels/token_logprob.py`),
-check their results against float64, then time themselves; choose_token times itself on CUDA.
+PyTorch serves the CPU and machines without Triton, Triton serves CUDA; packed_attention and reverse_kl are
+PyTorch everywhere. token_logprob, token_advantages, paged_attention and prefill_attention, run as programs
+(`python kernels/token_logprob.py`), check themselves against float64. Then the first two are timed, the other
+two on CUDA only, and so is choose_token.
 """
 
 from .choose_token import choose_token
