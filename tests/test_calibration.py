@@ -204,7 +204,7 @@ def test_program(tmp_path):
     assert row["verdict"] in ("usable", "weak", "noise") and f"verdict: {row['verdict']}" in done.stdout
     assert len(row["probes"]) == 12 and row["prefixes"]["prefixes"] == 16
     assert row["prefixes"]["continuations"] == 1
-    assert "Qwen3-4B 18% / 39% / 50%" in done.stdout
+    assert "Qwen3-4B-Instruct-2507 18% / 39% / 50%" in done.stdout
     traces.write_text('{"problem": "elsewhere", "text": "", "correct": true}\n')
     bad = tiny.run("judge.py", "--judge", folder, "--data", data, "--traces", traces, check=False)
     assert bad.returncode and "t.jsonl:1" in bad.stderr and "--data" in bad.stderr
