@@ -1,6 +1,6 @@
 """The demo on several seeds: what `make demo` promises, as a table. One run after the other, on all cores.
 
-    python experiments/demo_seeds.py --seeds 0 1 2 3 4 --out experiments/results/demo_seeds.csv
+    python experiments/demo_seeds.py --seeds 0 1 2 3 4 --out demo_seeds.csv
 
 Columns: seed, pass@1 and pass@16 on the held-out problems before and after with 95% bootstrap intervals,
 judge score and exact match of the first and the last step, seconds of the program. Further flags go to
@@ -39,7 +39,7 @@ def one_run(seed: int, run: Path, flags: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "demo_seeds.csv")
+    parser.add_argument("--out", type=Path, default=Path("demo_seeds.csv"))
     args, flags = parser.parse_known_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -4,8 +4,8 @@
 
 One run goes through. Then another is killed at random steps, by SIGKILL or SIGTERM, and resumed each time.
 Then weights, optimizer moments, metrics and traces of both are compared, bit for bit.
-Writes results/endurance.csv, a line per step: the peak memory of each process (resident, libraries included)
-since it was started, how often the second run was killed until then; and results/endurance.svg from it.
+Writes FOLDER/endurance.csv, a line per step: the peak memory of each process (resident, libraries included)
+since it was started, how often the second run was killed until then; and FOLDER/endurance.svg from it.
 """
 
 import argparse
@@ -25,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 
 from exprl import read_jsonl  # noqa: E402
 
-RESULTS = ROOT / "experiments" / "results"
 FLAGS = """--questions 2 --group 4 --max-new-tokens 32 --save-every 20 --show-every 0 --device cpu
            --eval-every 100 --eval-limit 4 --eval-n 2 --eval-k 1 2""".split()
 VOLATILE = {"seconds", "sample_tok_s", "judge_tok_s", "train_tok_s", "peak_gb", "tokens_per_second"}
@@ -94,17 +93,17 @@ def figure(rows: list[dict]) -> str:
             f'{"".join(drawn)}</svg>\n')
 
 
-def report(whole: Path, killed: Path, steps: int, kills: list[tuple[int, str]], results: Path) -> None:
+def report(whole: Path, killed: Path, steps: int, kills: list[tuple[int, str]], out: Path) -> None:
     """Table, figure and verdict of two finished runs; ends the program with 1 if they differ."""
     memory = [{m["step"]: m["peak_gb"] for m in read_jsonl(run / "metrics.jsonl") if "seconds" in m}
               for run in (whole, killed)]
     rows = [dict(step=step, whole_gb=round(memory[0][step], 4), killed_gb=round(memory[1][step], 4),
                  kills=sum(at < step for at, _ in kills)) for step in range(1, steps + 1)]
-    with open(results / "endurance.csv", "w", newline="") as file:
+    with open(out / "endurance.csv", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    (results / "endurance.svg").write_text(figure(rows))
+    (out / "endurance.svg").write_text(figure(rows))
     differing = differences(whole, killed, steps)
     grown = rows[-1]["whole_gb"] - rows[min(49, len(rows) - 1)]["whole_gb"]
     print(f"{len(kills)} kills ({sum(name == 'SIGKILL' for _, name in kills)} SIGKILL); "
@@ -119,16 +118,14 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the two runs")
-    parser.add_argument("--results", type=Path, default=RESULTS,
-                        help="folder of table and figure; default: the published results, which they replace")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the two runs, table and figure")
     args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     whole, killed = args.out / "whole", args.out / "killed"
     if start(*FLAGS, "--steps", str(args.steps), "--out", str(whole.resolve())).wait():
         raise SystemExit("the undisturbed run failed; its message stands above")
     kills = disturbed(killed.resolve(), args.steps, args.kills, random.Random(args.seed))
-    report(whole, killed, args.steps, kills, args.results)
+    report(whole, killed, args.steps, kills, args.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ r"""Which wording and readout lets a small judge see whether a trace agrees with
     python sample.py --model M --data D --limit 56 --n 4 --max-new-tokens 256 --temperature 0.8 --out t.jsonl
     python experiments/judge_wording.py --judge M --data D --traces t.jsonl --problems 1 24
 
-A row per variant and reference, appended to results/judge_wording.csv: AUROC against exact match with its 95%
+A row per variant and reference, appended to judge_wording.csv: AUROC against exact match with its 95%
 interval over problems, and, among wrong traces, the correlation of the reading with progress: the share of
 the reference's intermediate results (numbers that are not in the question) that the trace states, over all
 and with each problem's means taken off (progress_within: what a group of traces is told). Reference "both":
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--readouts", nargs="*", choices=READOUTS, default=[], help="of judge.py")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--csv", type=Path, default=ROOT / "experiments/results/judge_wording.csv")
+    parser.add_argument("--csv", type=Path, default=Path("judge_wording.csv"))
     args = parser.parse_args()
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     problems = problems_or_exit(args.data, "train", need_solution=True)

@@ -1,6 +1,6 @@
 """Two kinds of problems in one run of the miniature: does one drown the other?
 
-    python experiments/mixed_domains.py --out /tmp/mixed          # a few minutes; results/mixed_domains.csv
+    python experiments/mixed_domains.py --out FOLDER              # a few minutes; writes FOLDER/table.csv
 
 Half of each step's problems, on average, are short chains (4 operations, often solved), half are the usual
 long ones (10, rarely solved). Grades are normalised within a problem's group, so a kind with higher grades
@@ -27,17 +27,14 @@ KINDS = {"short": (1, 1, 2), "long": HARD}  # operations per chain
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for data and run")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for data, run and table")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--csv", type=Path, default=ROOT / "experiments/results/mixed_domains.csv",
-                        help="default: the published results, which it replaces")
     args = parser.parse_args()
     args.out = args.out.absolute()
     if args.out.exists():
         parser.error(f"{args.out} exists: name a new folder")
     args.out.mkdir(parents=True)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
     rng, files = random.Random(0), {"train": [], "held_out": []}
     for split, count in (("train", 200), ("held_out", 40)):
         for kind, depths in KINDS.items():
@@ -50,7 +47,7 @@ def main() -> None:
                     "--eval-data", *files["held_out"], "--eval-n", "8", "--eval-k", "1", "8", "--steps",
                     str(args.steps), "--questions", str(args.questions), "--out", run], cwd=ROOT, check=True)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    with open(args.csv, "w", newline="") as file:
+    with open(args.out / "table.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["step", "domain", "score", "accuracy", "held_out", "held_out_low", "held_out_high"])
         for m in lines:
@@ -62,7 +59,7 @@ def main() -> None:
                 elif "accuracy" not in m:
                     values = held_out(run / "evaluations" / f"step_{m['step']}.jsonl", kind)
                     table.writerow([m["step"], kind, "", "", *(f"{v:.4f}" for v in values)])
-    print(args.csv.read_text())
+    print((args.out / "table.csv").read_text())
 
 
 def held_out(path: Path, kind: str) -> tuple[float, float, float]:
