@@ -63,14 +63,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import MINIATURE, Problem, is_correct
+from data import MINIATURE, Problem, fingerprint, is_correct
 from judge import DOMAINS, HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
-from sample import LM, Refused, Rollout, Sampler, context_of, covers, jsonl, load_lm, pick_device
-from sample import pick_dtype, problems_or_exit, require_plain_head, resolve_model, summary, too_long
-from sample import traces_of, write_atomically
+from sample import LM, Refused, Rollout, Sampler, covers, jsonl, leave_out, load_lm, pick_device, pick_dtype
+from sample import problems_or_exit, require_plain_head, resolve_model, summary, traces_of, with_room
+from sample import write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
 # The name has no mask function registered with it, so transformers builds no mask.
@@ -176,6 +176,7 @@ PRESETS = {
     },
 }
 JUDGED = ("outcome", "process")  # the methods that need a judge
+TRAINING = "training problems"
 
 
 class Stop(Exception):
@@ -780,10 +781,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     require_plain_head(policy.model)
-    train = fit(policy, train, settings, "training")
-    held_out = fit(policy, some_of_each(held_out, settings.eval_limit), settings, "held-out")
-    if not train:
-        raise SystemExit("no training problem is left: the line above names the flags")
+    train = fitting(policy, train, settings, TRAINING)
+    held_out = fitting(policy, some_of_each(held_out, settings.eval_limit), settings, "held-out problems")
     if settings.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers checkpoints only in training mode; these families have no dropout by default
@@ -832,22 +831,18 @@ def cache_room(model, device: str) -> float | None:
     return 0.3 * (free - later) / 2**30
 
 
-def fit(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
-    context = context_of(policy.model)
-    limit = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
-    long = {p.id for p in too_long(policy, problems, limit)}
-    if settings.method == "distill" and kind == "training":  # the teacher's prompt holds the reference, too
-        hinted = [replace(p, question=hinted_question(policy, p)) for p in problems]
-        long |= {p.id for p in too_long(policy, hinted, context - settings.max_new_tokens)}
-    more = ""
-    if settings.method == "sft" and kind == "training":  # cut off, it would teach to stop in the middle
-        long |= {p.id for p in problems if len(reference_ids(policy, p)) > settings.max_new_tokens}
-        more = f" or whose reference exceeds {settings.max_new_tokens} (--max-new-tokens)"
-    if long:
-        print(f"left out {len(long)} of {len(problems)} {kind} problems whose prompt exceeds {limit} tokens "
-              f"(--max-prompt-tokens, or the model's context less --max-new-tokens){more}: "
-              f"{', '.join(sorted(long)[:3])} ...", file=sys.stderr)
-    return [p for p in problems if p.id not in long]
+def fitting(policy: LM, problems: list[Problem], settings: Settings, kind: str) -> list[Problem]:
+    """The problems that have room in the policy's context; others are reported."""
+    room = settings.max_new_tokens
+    problems, _ = with_room([policy], problems, room, settings.max_prompt_tokens, kind)
+    if settings.method == "distill" and kind == TRAINING:  # the teacher's prompt holds the reference, too
+        problems, _ = with_room([policy], problems, room, kind=f"{kind} (as the teacher sees them)",
+                                asked=partial(hinted_question, policy))
+    if settings.method == "sft" and kind == TRAINING:  # cut off, it would teach to stop in the middle
+        long = [p for p in problems if len(reference_ids(policy, p)) > room]
+        problems = leave_out(problems, long, f"a reference of more than {room} tokens",
+                             "raise --max-new-tokens", kind)
+    return problems
 
 
 def some_of_each(problems: list[Problem], count: int) -> list[Problem]:
@@ -969,10 +964,6 @@ def save_model(state: State, run: Path) -> None:
     replace(state.policy, model=state.sampling).save(tmp)  # the masters, rounded to the dtype
     shutil.rmtree(target, ignore_errors=True)  # after a kill here --resume writes it again
     publish(tmp, target)
-
-
-def fingerprint(problems: list[Problem]) -> str:
-    return hashlib.sha256(json.dumps([dataclasses.astuple(p) for p in problems]).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1212,7 +1203,7 @@ def check_judge(state: State, settings: Settings, bar) -> None:
         if rank() == 0:
             problems = some_of_each(state.train, settings.check_judge)
             records = traces_of(state.policy, problems, 4, settings.max_new_tokens, settings.temperature,
-                                settings.seed, sampler=state.sampler)
+                                settings.seed, state.sampler)
             word, reason = check(state.judge, problems, records, settings.seed)
             bar.write(f"judge, on {len(problems)} problems: {word}; {reason}")
             if word != "usable":
@@ -1229,9 +1220,10 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
                                unit="trace", leave=False, disable=bar.disable) as inner:
         records = traces_of(state.policy, [state.held_out[place] for place in places], settings.eval_n,
                             settings.max_new_tokens, settings.temperature, settings.seed << 32,
-                            progress=inner.update, places=places, sampler=state.sampler)
+                            state.sampler, places, on_record=lambda *_: inner.update())
     records = in_order(places, records)
-    metrics = summary(records, settings.eval_n, settings.eval_k, time.perf_counter() - start)
+    metrics = summary(records, settings.eval_n, settings.eval_k)
+    metrics["tokens_per_second"] = sum(r["tokens"] for r in records) / (time.perf_counter() - start)
     if rank() == 0:
         (run / "evaluations").mkdir(exist_ok=True)
         write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", jsonl(records))

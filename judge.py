@@ -39,9 +39,9 @@ import torch
 
 from data import MINIATURE, Problem, is_correct
 from data.answers import _clean, last_box
-from sample import LM, Help, Sampler, at_least, context_of, jsonl, load_lm, new_file, no_traceback
-from sample import pick_device, pick_dtype, problems_or_exit, require_plain_head, room_for, traces_of
-from sample import with_room, write_atomically
+from sample import LM, Help, Sampler, at_least, context_of, load_lm, new_file, no_traceback, pick_device
+from sample import pick_dtype, problems_or_exit, require_plain_head, room_for, traces_into, with_room
+from sample import write_atomically
 
 # What the rubric says about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -854,17 +854,23 @@ def main() -> None:
         problems, most = with_room([policy], problems[: -(-args.limit // args.n)], args.max_new_tokens)
         print(f"{policy.name} writes {args.n} traces of at most {most} tokens for each of {len(problems)} "
               "problems", flush=True)
-        with no_traceback():
-            records = traces_of(policy, problems, args.n, most, args.temperature, args.seed)[: args.limit]
-        if args.out:
-            write_atomically(args.out.with_suffix(".traces.jsonl"), jsonl(records))
+        records, _ = traces_into(args.out and args.out.with_suffix(".traces.jsonl"), policy, problems, args.n,
+                                 most, args.temperature, args.seed)
+        records = records[: args.limit]
     asked = {r["problem"] for r in records}
     problems = [p for p in problems if p.id in asked]
     if len(problems) == 1 and {"wrong"} < {*args.conditions}:
         print("one problem has no other's reference: condition wrong is left out")
         args.conditions = [condition for condition in args.conditions if condition != "wrong"]
     judges = [Judge(lm.model, lm.tokenizer, lm.prompts, readout) for readout in args.readout]
-    continued, readouts = None, []
+    continued, report = None, {"judge": Path(lm.name).name, "traces": len(records), "readouts": []}
+
+    def save():
+        """After each condition: a stop loses no more than the one at work."""
+        if args.out:
+            numbers = json.loads(json.dumps(report), parse_constant=lambda nan: None)  # JSON has no NaN
+            write_atomically(args.out, json.dumps(numbers, indent=1) + "\n")
+
     if args.prefixes:
         for judge in judges:
             judge.check_view("prefix")
@@ -875,26 +881,25 @@ def main() -> None:
     for judge in judges:
         print(f"\n{lm.name}, readout {judge.about}, {len(records)} traces of {len(problems)} problems, "
               f"{np.mean([r['correct'] for r in records]):.1%} right")
-        readouts.append(calibrate_and_print(args, judge, problems, records, continued))
-    if args.out:
-        report = {"judge": Path(lm.name).name, "traces": len(records), "readouts": readouts}
-        report = json.loads(json.dumps(report), parse_constant=lambda nan: None)  # JSON has no NaN
-        write_atomically(args.out, json.dumps(report, indent=1) + "\n")
+        report["readouts"].append({"readout": judge.readout, "conditions": []})
+        calibrate_and_print(args, judge, problems, records, continued, report["readouts"][-1], save)
 
 
-def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: list[dict], continued) -> dict:
+def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: list[dict], continued,
+                        out: dict, save) -> None:
+    """What one readout finds goes to the terminal and into `out`."""
     print("  ".join(f"{title:>{max(len(title), 6)}}" for title in COLUMNS))
-    rows = {}
     for condition in args.conditions:
-        r = rows[condition] = calibrate(judge, problems, records, condition, args.seed)
-        print("  ".join(f"{cell.format(**r):>{max(len(title), 6)}}" for title, cell in COLUMNS.items()),
-              flush=True)
+        out["conditions"].append(calibrate(judge, problems, records, condition, args.seed))
+        print("  ".join(f"{cell.format(**out['conditions'][-1]):>{max(len(title), 6)}}"
+                        for title, cell in COLUMNS.items()), flush=True)
+        save()
+    rows = {r["condition"]: r for r in out["conditions"]}
     first, *_ = rows.values()
     print(f"of the traces with grade ({first['condition']} reference), the share that is right: " + ", ".join(
         f"{g['grade']}: {g['correct']:.0%} of {g['traces']}" for g in first["reliability"] if g["traces"]))
     print("misplace rates of the paper's judges, reference right / none / wrong: " + ", ".join(
         f"{size} {' / '.join(f'{rate:.0f}%' for rate in rates)}" for size, rates in PAPER.items()))
-    out = {"readout": judge.readout, "conditions": list(rows.values())}
     if "right" in rows:
         out["verdict"], out["reason"] = usable(rows["right"], rows.get("wrong"))
         print(f"verdict: {out['verdict']}; {out['reason']}")
@@ -910,7 +915,7 @@ def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: li
         print(f"{p['prefixes']} prefixes, {p['continuations']} continuations each, {p['success']:.1%} of "
               f"them right: correlation of grade and success {p['corr']:.2f} ({p['corr_low']:.2f} to "
               f"{p['corr_high']:.2f}), within problems {p['corr_within']:.2f}")
-    return out
+    save()
 
 
 if __name__ == "__main__":

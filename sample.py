@@ -28,11 +28,12 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 import weakref
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,7 +53,8 @@ del sys.modules["kernels"]
 if _ours is not None:
     sys.modules["kernels"] = _ours
 
-from data import MINIATURE, Problem, bootstrap_interval, is_correct, load_problems, pass_at_k  # noqa: E402
+from data import (  # noqa: E402
+    MINIATURE, Problem, bootstrap_interval, fingerprint, is_correct, load_problems, pass_at_k)
 from kernels import (  # noqa: E402
     choose_token, paged_attention, plan_pages, plan_prefill, prefill_attention, rotate_, swiglu,
     token_logprob)
@@ -110,6 +112,11 @@ class LM:
         # enable_thinking is read by Qwen3's template and ignored by the others
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
                                                        enable_thinking=False, return_dict=False))
+
+    @cached_property
+    def overhead(self) -> int:
+        """Tokens of a prompt beside the question's."""
+        return len(self.chat(""))
 
     def text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -624,8 +631,8 @@ class Sampler:
         temperature: float = 1.0,
         seed: int = 0,
         end_ids: list[int] | None = None,  # default: the end tokens of the model's generation config
-        progress=None,  # called with the number of traces that ended, as they end
         places: list[int] | None = None,  # of these prompts in a larger batch: their noise is as in that one
+        on_trace=None,  # called with (place in the results, Rollout) of each trace as it ends
         at_end=None,  # called with (cache, rows, traces that ended) while their pages are still there
     ) -> list[Rollout]:
         """n traces for each prompt, prompt-major: the traces of prompt i are [i*n : (i+1)*n].
@@ -649,8 +656,8 @@ class Sampler:
         def hand_over(traces):
             for trace in traces:
                 results[trace.place] = rows.rollout(trace)
-            if progress and traces:
-                progress(len(traces))
+                if on_trace:
+                    on_trace(trace.place, results[trace.place])
 
         if not self.covered:
             training = self.model.training  # transformers has no cache then, if activations are checkpointed
@@ -1061,40 +1068,86 @@ def end_tokens(model) -> list[int]:
 # Evaluation, and the program
 
 
-def evaluate(lm: LM, problems: list[Problem], n: int, ks, *settings, **options) -> tuple[dict, list[dict]]:
-    """Sample n traces a problem (see `traces_of`) -> metrics (see `summary`) and one record per trace."""
-    start = time.perf_counter()
-    records = traces_of(lm, problems, n, *settings, **options)
-    return summary(records, n, ks, time.perf_counter() - start), records
-
-
 def traces_of(lm: LM, problems: list[Problem], n: int, max_new_tokens: int, temperature: float, seed: int = 0,
-              sampler: Sampler | None = None, **options) -> list[dict]:
-    """Records of n traces a problem, those of a problem side by side: problem id, text, exact match."""
-    rollouts = (sampler or Sampler(lm.model)).sample([lm.chat(p.question) for p in problems], n,
-                                                     max_new_tokens, temperature, seed, **options)
-    records = []
-    for problem, r in zip((p for p in problems for _ in range(n)), rollouts):
-        text = lm.text(r.token_ids)
-        records.append({"problem": problem.id, "text": text,
-                        "correct": is_correct(text, problem.answer, r.finished),
-                        "finished": r.finished, "tokens": len(r.token_ids)})
+              sampler: Sampler | None = None, places: list[int] | None = None, on_record=None) -> list[dict]:
+    """Records of n traces a problem, those of a problem side by side: problem id, text, exact match.
+
+    places: see Sampler.sample. on_record: called with (place in the records, record) as a trace ends."""
+    records: list[dict | None] = [None] * (n * len(problems))
+
+    def add(i, r):
+        text, problem = lm.text(r.token_ids), problems[i // n]
+        records[i] = {"problem": problem.id, "text": text,
+                      "correct": is_correct(text, problem.answer, r.finished),
+                      "finished": r.finished, "tokens": len(r.token_ids)}
+        if on_record:
+            on_record(i, records[i])
+
+    (sampler or Sampler(lm.model)).sample([lm.chat(p.question) for p in problems], n, max_new_tokens,
+                                          temperature, seed, places=places, on_trace=add)
     return records
 
 
-def summary(records: list[dict], n: int, ks, seconds: float) -> dict:
+def traces_into(out: Path | None, lm: LM, problems: list[Problem], n: int, max_new_tokens: int,
+                temperature: float, seed: int = 0, sampler: Sampler | None = None) -> tuple[list[dict], int]:
+    """`traces_of`, written to `out` -> the records, and how many of them an interrupted program had left.
+
+    Until all are there, those that ended stand in OUT.partial. The same call goes on from there, with the
+    traces it would have had: a trace's noise depends on its place alone."""
+    job = {"model": lm.name, "written": [p.stat().st_mtime for p in Path(lm.name).glob("*.safetensors")],
+           "dtype": str(lm.model.dtype), "problems": fingerprint(problems), "n": n,
+           "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    partial = out and out.with_name(out.name + ".partial")
+    done = read_partial(partial, job) if out else {}
+    # of a problem with traces yet to come all are sampled anew: they enter side by side
+    places = [p for p in range(len(problems)) if not done.keys() >= {*range(p * n, p * n + n)}]
+    left = len(problems) - len(places)
+    with (no_traceback(), open(partial, "a") if out else nullcontext() as file,
+          tqdm(total=len(problems) * n, initial=left * n, unit="trace", disable=None) as bar):
+        def keep(i, record):
+            done[places[i // n] * n + i % n] = record
+            if file:
+                file.write(json.dumps([places[i // n] * n + i % n, record]) + "\n")
+                file.flush()
+            bar.update()
+
+        try:
+            traces_of(lm, [problems[p] for p in places], n, max_new_tokens, temperature, seed, sampler,
+                      places, keep)
+        except KeyboardInterrupt:
+            if out:
+                print(f"\n{len(done)} of {len(problems) * n} traces are in {partial}: the same command goes "
+                      "on with the others", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+    records = [done[i] for i in range(len(problems) * n)]
+    if out:
+        write_atomically(out, jsonl(records))
+        partial.unlink()
+    return records, left * n
+
+
+def read_partial(path: Path, job: dict) -> dict[int, dict]:
+    """The traces that an interrupted program has left of this very job, by place; or the file begun."""
+    first, *lines = path.read_text().split("\n") if path.exists() else [json.dumps(job), ""]
+    if first != json.dumps(job):
+        raise SystemExit(f"{path} holds traces of an interrupted program with another model, data or flags: "
+                         "repeat its command to go on with it, delete it, or choose another --out")
+    whole = lines[:-1]  # behind the last newline there is nothing, or what a kill tore
+    write_atomically(path, "".join(line + "\n" for line in [first, *whole]))
+    return dict(map(json.loads, whole))
+
+
+def summary(records: list[dict], n: int, ks) -> dict:
     """{"pass@k": mean, "pass@k_low", "pass@k_high": 95% bootstrap interval over problems} for each k, and
-    length (tokens), cut_off (share), tokens_per_second."""
+    length (tokens), cut_off (share)."""
     counts = [sum(r["correct"] for r in records[i : i + n]) for i in range(0, len(records), n)]
     metrics = {}
     for k in sorted(set(ks)):
         values = [pass_at_k(n, c, k) for c in counts]
         low, high = bootstrap_interval(values)
         metrics |= {f"pass@{k}": float(np.mean(values)), f"pass@{k}_low": low, f"pass@{k}_high": high}
-    tokens = [r["tokens"] for r in records]
-    return metrics | {"length": float(np.mean(tokens)),
-                      "cut_off": float(np.mean([not r["finished"] for r in records])),
-                      "tokens_per_second": sum(tokens) / seconds}
+    return metrics | {"length": float(np.mean([r["tokens"] for r in records])),
+                      "cut_off": float(np.mean([not r["finished"] for r in records]))}
 
 
 @contextmanager
@@ -1128,12 +1181,6 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def too_long(lm: LM, problems: list[Problem], limit: int) -> list[Problem]:
-    """Problems whose prompt has more than `limit` tokens: reported by the caller, never cut."""
-    room = limit - len(lm.chat(""))  # a token has at least one byte: most questions need no tokenizing
-    return [p for p in problems if len(p.question.encode()) > room and len(lm.chat(p.question)) > limit]
-
-
 def room_for(lms: list[LM], max_new_tokens: int | None) -> tuple[float, int]:
     """How long may a prompt be in the shortest context, and a trace (default: 1024, or half of that)?"""
     context = min(context_of(lm.model) for lm in lms)
@@ -1142,22 +1189,33 @@ def room_for(lms: list[LM], max_new_tokens: int | None) -> tuple[float, int]:
 
 
 def with_room(lms: list[LM], problems: list[Problem], max_new_tokens: int | None,
-              max_prompt_tokens: float = math.inf) -> tuple[list[Problem], int]:
-    """The problems whose prompts have room in all contexts, and max_new_tokens. A longer one is reported and
-    left out: it would cut all traces short."""
+              max_prompt_tokens: float = math.inf, kind: str = "problems",
+              asked=lambda problem: problem.question) -> tuple[list[Problem], int]:
+    """The problems whose prompts, of what is `asked`, have room in all contexts, and max_new_tokens. A longer
+    one is left out, never cut, and it does not cut all traces short."""
     room, max_new_tokens = room_for(lms, max_new_tokens)
     if room < 1:
         raise SystemExit(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
                          "context: lower it")
-    limit = min(room, max_prompt_tokens)
+    limit, long = min(room, max_prompt_tokens), []
+    for p in problems:  # a token has at least one byte: most questions need no tokenizing
+        text = asked(p)
+        if any(len(text.encode()) > limit - lm.overhead and len(lm.chat(text)) > limit for lm in lms):
+            long.append(p)
     remedy = f"lower --max-new-tokens {max_new_tokens}" if limit == room else "raise --max-prompt-tokens"
-    long = {p.id for lm in lms for p in too_long(lm, problems, limit)}
-    if len(long) == len(problems):
-        raise SystemExit(f"no problem is left, for each has more than {limit} prompt tokens: {remedy}")
+    return leave_out(problems, long, f"more than {limit} prompt tokens", remedy, kind), max_new_tokens
+
+
+def leave_out(problems: list[Problem], long: list[Problem], what: str, remedy: str,
+              kind: str = "problems") -> list[Problem]:
+    """`problems` less those that are too `long`, which are reported. Raises SystemExit if none is left."""
+    if long and len(long) == len(problems):
+        raise SystemExit(f"none of the {len(problems)} {kind} is left, for each has {what}: {remedy}")
     if long:
-        print(f"left out {len(long)} of {len(problems)} problems with more than {limit} prompt tokens; to "
-              f"keep them {remedy}", file=sys.stderr)
-    return [p for p in problems if p.id not in long], max_new_tokens
+        print(f"left out {len(long)} of {len(problems)} {kind} with {what}; to keep them {remedy}: "
+              f"{', '.join(p.id for p in long[:3])}{' ...' * (len(long) > 3)}", file=sys.stderr)
+    gone = {p.id for p in long}
+    return [p for p in problems if p.id not in gone]
 
 
 def jsonl(records: list[dict]) -> str:
@@ -1222,7 +1280,8 @@ def main() -> None:
     add("--max-prompt-tokens", type=at_least(1), default=2048,
         help="longer questions are reported and left out")
     add("--skip-bad-rows", action="store_true", help="count and drop bad rows instead of stopping")
-    add("--out", type=new_file, help="write every trace to this JSONL file")
+    add("--out", type=new_file,
+        help="write every trace to this JSONL file; after an interrupt the same command goes on")
     add = parser.add_argument_group("sampling").add_argument
     add("--n", type=at_least(1), default=16, help="traces per problem")
     add("--k", type=at_least(1), nargs="+", help="pass@k for these k (default: 1, 2, 4, ... up to n)")
@@ -1275,18 +1334,18 @@ def main() -> None:
 
 def sample_and_print(args, lm: LM, problems: list[Problem], ks, out: Path | None) -> list[int]:
     """One model's table and traces -> how many traces of each problem are right."""
-    with no_traceback(), tqdm(total=len(problems) * args.n, unit="trace", disable=None) as bar:
-        metrics, records = evaluate(lm, problems, args.n, ks, args.max_new_tokens, args.temperature,
-                                    args.seed, Sampler(lm.model, args.max_rows, args.cache_gb),
-                                    progress=bar.update)
-    if out:
-        write_atomically(out, jsonl(records))
+    start = time.perf_counter()
+    records, left = traces_into(out, lm, problems, args.n, args.max_new_tokens, args.temperature, args.seed,
+                                Sampler(lm.model, args.max_rows, args.cache_gb))
+    seconds, metrics = time.perf_counter() - start, summary(records, args.n, ks)
     print(lm.name)
     for k in ks:
         low, high = metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"]
         print(f"  pass@{k:<4d} {metrics[f'pass@{k}']:7.2%}   95% interval {low:.2%} .. {high:.2%}")
-    print(f"  length {metrics['length']:.0f} tokens, cut off {metrics['cut_off']:.1%}, "
-          f"{metrics['tokens_per_second']:.0f} tokens/s" + (f", traces in {out}" if out else ""))
+    speed = f"{left} of the traces were there before the interrupt" if left else (
+        f"{sum(r['tokens'] for r in records) / seconds:.0f} tokens/s")
+    print(f"  length {metrics['length']:.0f} tokens, cut off {metrics['cut_off']:.1%}, {speed}"
+          + (f", traces in {out}" if out else ""))
     return [sum(r["correct"] for r in records[i : i + args.n]) for i in range(0, len(records), args.n)]
 
 

@@ -651,13 +651,13 @@ def measure(seed: int) -> None:
 
     from data import load_problems
     from judge import Judge, calibrate
-    from sample import evaluate, load_lm
+    from sample import load_lm, summary, traces_of
 
     policy, judge_lm = load_lm(str(FOLDER / "policy")), load_lm(str(FOLDER / "judge"))
     judge = Judge(judge_lm.model, judge_lm.tokenizer, judge_lm.prompts)
     rng, problems = random.Random(f"measure {seed}"), load_problems(str(FOLDER / "dev.jsonl"))[:64]
     by_id = {p.id: p for p in problems}
-    sampled = evaluate(policy, problems, 4, (1,), 192, 1.0, seed + 1)[1]
+    sampled = traces_of(policy, problems, 4, 192, 1.0, seed + 1)
     close = [{"problem": p.id, "text": some_trace(rng, p, kind)}
              for p in problems for kind in ("right", "near")]
 
@@ -694,11 +694,12 @@ def measure(seed: int) -> None:
     for split in ("eval", "deep"):
         problems = load_problems(str(FOLDER / f"{split}.jsonl"))
         by_id = {p.id: p for p in problems}
-        m, records = evaluate(policy, problems, 16, (1, 16), 192, 1.0, seed)
+        records = traces_of(policy, problems, 16, 192, 1.0, seed)
+        m = summary(records, 16, (1, 16))
         sound = sum(worked(by_id[r["problem"]], r["text"]) for r in records) / len(records)
         hint = POLICY_PROMPTS["distill"]
         told = [replace(p, question=hint.format(question=p.question, reference=p.solution)) for p in problems]
-        taught = evaluate(policy, told, 1, (1,), 192, 1.0, seed)[0]
+        taught = summary(traces_of(policy, told, 1, 192, 1.0, seed), 1, (1,))
         print(f"  {split}: " + ", ".join(
             f"pass@{k} {m[f'pass@{k}']:.1%} ({m[f'pass@{k}_low']:.1%} to {m[f'pass@{k}_high']:.1%})"
             for k in (1, 16)) + f", worked {sound:.1%}, cut off {m['cut_off']:.1%}, "

@@ -241,6 +241,26 @@ def test_program_samples_its_own_traces(tmp_path):
     assert "condition wrong is left out" in done.stdout
 
 
+def test_a_stop_loses_no_condition_that_was_graded(tmp_path, monkeypatch):
+    folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 3)
+    asked = []
+
+    def interrupted(judge, problems, records, condition, seed):
+        asked.append(condition)
+        if condition == "wrong":
+            raise KeyboardInterrupt
+        return calibrate(judge, problems, records, condition, seed)
+
+    monkeypatch.setattr(judge_module, "calibrate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["judge.py", "--judge", str(folder), "--data", str(data), "--n", "2",
+                                      "--max-new-tokens", "4", "--out", str(tmp_path / "o.json")])
+    with pytest.raises(KeyboardInterrupt):
+        judge_module.main()
+    row, = json.loads((tmp_path / "o.json").read_text())["readouts"]
+    assert asked == ["right", "none", "wrong"]
+    assert [c["condition"] for c in row["conditions"]] == ["right", "none"]
+
+
 # ---- the watch on a run ----
 
 

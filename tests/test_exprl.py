@@ -45,10 +45,12 @@ def test_few_problems_are_of_all_domains():
 def test_a_teacher_s_prompt_must_fit_too(world, capsys):
     state, settings = build(world, "--method", "distill", "--kl", 0)
     long = dataclasses.replace(state.train[0], id="long", solution="because " * 2000)
-    assert exprl.fit(state.policy, [*state.train, long], settings, "training") == state.train
-    assert "long" in capsys.readouterr().err
+    assert exprl.fitting(state.policy, [*state.train, long], settings, exprl.TRAINING) == state.train
+    assert "1 of 8 training problems (as the teacher sees them) with more than" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"none of the 1 training problems \(as the teacher sees them\) is left"):
+        exprl.fitting(state.policy, [long], settings, exprl.TRAINING)
     other = dataclasses.replace(settings, method="outcome")
-    assert exprl.fit(state.policy, [long], other, "training") == [long]
+    assert exprl.fitting(state.policy, [long], other, exprl.TRAINING) == [long]
 
 
 def test_weights_that_are_not_finite_end_the_run(world):

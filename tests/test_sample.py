@@ -8,7 +8,9 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
+import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -509,6 +511,71 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
     assert re.search(r"difference.*\n +pass@1 +\+0.00% +\+0.00% .. \+0.00%", again.stdout)
 
 
+def test_an_interrupted_program_goes_on_with_the_same_traces(tmp_path, monkeypatch, capsys):
+    lm = load_lm(str(tiny.save(tmp_path / "m")))
+    problems = load_problems(str(tiny.problems_file(tmp_path / "p.jsonl", 5)))
+    out, partial = tmp_path / "t.jsonl", tmp_path / "t.jsonl.partial"
+
+    def run(n=3, seed=4):  # few rows: problems end one after the other
+        return sample.traces_into(out, lm, problems, n, 40, 1.0, seed, Sampler(lm.model, max_rows=3))
+
+    want, left = run()
+    assert left == 0 and want == sample.traces_of(lm, problems, 3, 40, 1.0, 4) and not partial.exists()
+    text = out.read_text()
+    out.unlink()
+    graded = sample.is_correct
+
+    def stop_at(calls):
+        count = [0]
+
+        def interrupted(*args):
+            count[0] += 1
+            if count[0] == calls:
+                raise KeyboardInterrupt
+            return graded(*args)
+
+        monkeypatch.setattr(sample, "is_correct", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            run()
+        assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+        monkeypatch.setattr(sample, "is_correct", graded)
+
+    stop_at(8)
+    assert not out.exists() and partial.read_text().count("\n") == 1 + 7
+    with open(partial, "a") as file:
+        file.write('[14, {"problem": "torn')  # by a kill
+    stop_at(5)
+    known = sorted(number for number, _ in map(json.loads, partial.read_text().split("\n")[1:-1]))
+    whole = [p for p in range(5) if {3 * p, 3 * p + 1, 3 * p + 2} <= {*known}]
+    for other in (dict(n=2), dict(seed=5)):
+        with pytest.raises(SystemExit, match="t.jsonl.partial holds traces of an interrupted program with"):
+            run(**other)
+    os.utime(tmp_path / "m" / "model.safetensors", (1, 1))
+    with pytest.raises(SystemExit, match="another model"):
+        run()
+    head, rest = partial.read_text().split("\n", 1)
+    partial.write_text(json.dumps(json.loads(head) | {"written": [1.0]}) + "\n" + rest)
+    assert 0 < len(whole) < 5 and run() == (want, 3 * len(whole))
+    assert out.read_text() == text and not partial.exists()
+
+
+def test_a_killed_program_goes_on(tmp_path):
+    folder = tiny.save(tmp_path / "m", context=20000)
+    data, out = tiny.problems_file(tmp_path / "p.jsonl", 3), tmp_path / "t.jsonl"
+    command = ["sample.py", "--model", folder, "--data", data, "--n", "2", "--max-rows", "2", "--out", out,
+               "--max-new-tokens", "300"]
+    want = sample.traces_of(load_lm(str(folder)), load_problems(str(data)), 2, 300, 1.0)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=tiny.ROOT,
+                               env=os.environ | tiny.ENVIRONMENT)
+    partial, end = tmp_path / "t.jsonl.partial", time.monotonic() + 120
+    while not (partial.exists() and partial.read_text().count("\n") > 1) and time.monotonic() < end:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    tiny.run(*command)
+    assert [json.loads(line) for line in out.read_text().split("\n")[:-1]] == want and not partial.exists()
+
+
 def test_one_long_question_does_not_cut_all_traces_short(tmp_path, capsys):
     lm, short = (load_lm(str(tiny.save(tmp_path / str(context), context=context))) for context in (512, 400))
     problems = load_problems(str(tiny.problems_file(tmp_path / "p.jsonl", 3)))  # prompts of 212 bytes
@@ -520,7 +587,7 @@ def test_one_long_question_does_not_cut_all_traces_short(tmp_path, capsys):
     assert sample.with_room([lm, short], problems, 180) == (problems, 180)
     for lms, room, limit, remedy in (([lm, short], None, 2048, "lower --max-new-tokens 200"),
                                      ([lm], None, 20, "raise --max-prompt-tokens")):
-        with pytest.raises(SystemExit, match=f"no problem is left.*: {remedy}"):
+        with pytest.raises(SystemExit, match=f"none of the . problems is left.*: {remedy}"):
             sample.with_room(lms, problems, room, limit)
     with pytest.raises(SystemExit, match="--max-new-tokens 600 leaves no room for a prompt"):
         sample.with_room([lm], problems, 600)
@@ -551,7 +618,7 @@ def test_a_second_model_with_a_shorter_context_is_heeded_before_the_first_is_sam
     data = tiny.problems_file(tmp_path / "p.jsonl", 2)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(long), "--against", str(short), "--data",
                                       str(data), "--n", "1", "--max-new-tokens", "60"])
-    monkeypatch.setattr(sample, "evaluate", None)
+    monkeypatch.setattr(sample, "traces_of", None)
     with pytest.raises(SystemExit, match="more than 196 prompt tokens: lower --max-new-tokens 60"):
         sample.main()
 
