@@ -64,7 +64,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import MINIATURE, Problem, fingerprint, is_correct
-from judge import DOMAINS, HEADING, READOUTS, Judge, Verdict, check, corr_in_groups, gamed, with_reference
+from judge import DOMAINS, HEADING, READOUTS, Judge, Verdict, corr_in_groups, gamed, short_calibration
+from judge import with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
@@ -249,17 +250,17 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
 
 def sample_traces(state: "State", settings: Settings, step: int, places: list[int]) -> "Traces":
     """`group` traces for each of the step's problems at `places`; for SFT, their references."""
-    problems = batch_for(state.train, settings, step)
-    questions = [problems[place] for place in places]
-    prompts = [state.policy.chat(p.question) for p in questions]  # the reference never reaches the policy
+    batch = batch_for(state.train, settings, step)
+    problems = [batch[place] for place in places]
+    prompts = [state.policy.chat(p.question) for p in problems]  # the reference never reaches the policy
     if settings.method == "sft":
-        return references(state.policy, questions, prompts)
+        return references(state.policy, problems, prompts)
     rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
                                     seed=settings.seed << 32 | step, places=places)
     if any(math.isnan(sum(r.logprobs)) for r in rollouts):
         raise Stop("the policy's log-probs are not finite, so its weights are not: start again from an older "
                    "checkpoint (--model CHECKPOINT) with a lower --lr")
-    return Traces.of(state.policy, [p for p in questions for _ in range(settings.group)], rollouts)
+    return Traces.of(state.policy, [p for p in problems for _ in range(settings.group)], rollouts)
 
 
 def trace_metrics(settings: Settings, records: list[dict]) -> dict:
@@ -518,10 +519,10 @@ def step_starts(lm: LM, token_ids) -> list[int]:
 MIN_STEP, MAX_STEPS = 4, 32
 
 
-def references(policy: LM, questions: list[Problem], prompts) -> Traces:
+def references(policy: LM, problems: list[Problem], prompts) -> Traces:
     """For SFT: each problem's reference as a trace of it."""
-    targets = [reference_ids(policy, problem) for problem in questions]
-    return Traces.of(policy, questions, [Rollout(tuple(prompt), tuple(ids), (0.0,) * len(ids), True)
+    targets = [reference_ids(policy, problem) for problem in problems]
+    return Traces.of(policy, problems, [Rollout(tuple(prompt), tuple(ids), (0.0,) * len(ids), True)
                                          for prompt, ids in zip(prompts, targets)])
 
 
@@ -1204,7 +1205,7 @@ def check_judge(state: State, settings: Settings, bar) -> None:
             problems = some_of_each(state.train, settings.check_judge)
             records = traces_of(state.policy, problems, 4, settings.max_new_tokens, settings.temperature,
                                 settings.seed, state.sampler)
-            word, reason = check(state.judge, problems, records, settings.seed)
+            word, reason = short_calibration(state.judge, problems, records, settings.seed)
             bar.write(f"judge, on {len(problems)} problems: {word}; {reason}")
             if word != "usable":
                 bar.write("  WARNING: calibrate it with `python judge.py` before you trust this run "

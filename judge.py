@@ -742,8 +742,9 @@ def read_traces(path: str, problems: list[Problem]) -> list[dict]:
 # Watching a run (called by exprl.py)
 
 
-def check(judge: Judge, problems: list[Problem], records: list[dict], seed: int = 0) -> tuple[str, str]:
-    """A short calibration at the start of a run -> ("usable", "weak" or "noise", why).
+def short_calibration(judge: Judge, problems: list[Problem], records: list[dict],
+                      seed: int = 0) -> tuple[str, str]:
+    """At the start of a run -> ("usable", "weak" or "noise", why).
 
     Hard problems have no right trace yet, so each problem's reference poses as one, too. Does the judge rank
     right traces first, and do these lose when another problem's reference is shown?"""

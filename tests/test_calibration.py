@@ -17,8 +17,9 @@ import judge as judge_module
 from data import Problem, is_correct, load_problems
 from data import miniature as mini
 from exprl import Settings, trace_metrics
-from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, centred, check, continue_prefixes,
-                   corr_in_groups, correlation, gain, gamed, probe, probe_traces, read_traces, usable)
+from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, centred, continue_prefixes,
+                   corr_in_groups, correlation, gain, gamed, probe, probe_traces, read_traces,
+                   short_calibration, usable)
 from sample import load_lm
 
 sys.path.append(str(tiny.ROOT / "experiments"))
@@ -92,7 +93,7 @@ def test_a_short_context_is_named_as_the_cause():
 def test_one_problem_has_no_wrong_reference():
     with pytest.raises(SystemExit, match="there is one problem: take more --data"):
         calibrate(Stand(), PROBLEMS[:1], RECORDS[:2], "wrong")
-    word, reason = check(Stand(), PROBLEMS[:1], RECORDS[:2])
+    word, reason = short_calibration(Stand(), PROBLEMS[:1], RECORDS[:2])
     assert word == "noise" and "from 1 problems" in reason and "no other's reference" in reason
 
 
@@ -156,15 +157,15 @@ def test_no_probe_earns_an_honest_grade_from_the_embedded_judge(embedded):
 
 
 def test_the_embedded_judge_is_usable(embedded):
-    assert check(*embedded)[0] == "usable"
+    assert short_calibration(*embedded)[0] == "usable"
     judge, problems, records = embedded
     wrong = [r for r in records if not r["correct"]]  # as at the start of a run: none right yet
-    assert check(judge, problems, wrong)[0] == "usable"
-    assert check(Noise(), problems, records)[0] == "noise"
+    assert short_calibration(judge, problems, wrong)[0] == "usable"
+    assert short_calibration(Noise(), problems, records)[0] == "noise"
     policy = load_lm(str(mini.FOLDER / "policy"))
     judge = Judge(policy.model, policy.tokenizer, policy.prompts, "likelihood")
     for some in (wrong, records):  # it ranks well, but right work does not stand out
-        word, reason = check(judge, problems, some)
+        word, reason = short_calibration(judge, problems, some)
         assert word == "weak" and "hardly finds the reference's answer" in reason
 
 

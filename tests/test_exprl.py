@@ -47,7 +47,7 @@ def test_a_teacher_s_prompt_must_fit_too(world, capsys):
     long = dataclasses.replace(state.train[0], id="long", solution="because " * 2000)
     assert exprl.fitting(state.policy, [*state.train, long], settings, exprl.TRAINING) == state.train
     assert "1 of 8 training problems (as the teacher sees them) with more than" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"none of the 1 training problems \(as the teacher sees them\) is left"):
+    with pytest.raises(SystemExit, match=r"none of the 1 training problems \(as the teacher .* is left"):
         exprl.fitting(state.policy, [long], settings, exprl.TRAINING)
     other = dataclasses.replace(settings, method="outcome")
     assert exprl.fitting(state.policy, [long], other, exprl.TRAINING) == [long]
