@@ -4,13 +4,14 @@
     python experiments/miniature.py            # three seeds, each method at its best rate: an hour or two
     python experiments/miniature.py --methods process-end outcome-noise-0.2    # ablations: see METHODS
     python experiments/miniature.py --deeper --splits deep eval --out runs/deeper    # seldom right at first
+    python experiments/miniature.py --deeper 3 --splits longer deep eval --lr 4e-4 --out runs/silent    # never
 
 Stage I takes the same number of traces for every method (SFT: as many references); METHOD-timed takes the
 number of steps that costs as many CPU seconds as Outcome's run. Stage II is sparse GRPO, the same for all.
 A method's learning rate is the one of RATES with the best pass@1 on `dev`, in runs with seed 0. The run at
 that rate then is seed 0 of the table, which is on `eval` and `deep` (one operation more per chain): nothing
 was chosen on those. An ablation takes its method's rate. "worked" = the answer and every step
-right.
+right. --deeper N trains on problems with N operations more per chain; `longer` are held-out ones as long.
 
 Every job (a run, or sampling a model on held-out problems) is a process of its own on one thread, --workers
 of them side by side, so no result depends on how many there are. What is complete is not done again: start
@@ -41,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 from exprl import read_jsonl  # noqa: E402
 from sample import load_lm, write_atomically  # noqa: E402
 from data import bootstrap_interval, load_problems, pass_at_k  # noqa: E402
-from data.miniature import DEEP, FOLDER, new_problems, some_trace, worked  # noqa: E402
+from data.miniature import FOLDER, HARD, new_problems, some_trace, worked  # noqa: E402
 from judge import Judge, calibrate  # noqa: E402
 
 LIKELIHOOD = ["--judge", FOLDER / "policy", "--readout", "likelihood"]
@@ -104,7 +105,7 @@ def train(args, name: str, flags: list, seed: int, lr: float, steps: int) -> Pat
         shutil.rmtree(run, ignore_errors=True)
         flags = [noisy_judge(args, float(f[6:])) if f.startswith("noise-") else f for f in map(str, flags)]
         if args.deeper:
-            flags += ["--data", args.out / "problems" / "train.jsonl"]
+            flags += ["--data", args.out / "problems" / "train.jsonl", "--max-new-tokens", tokens(args)]
         questions = args.questions * (8 if "sft" in flags else 1)  # references, as many as others' traces
         seconds = job(args.out / "logs" / f"{name}.log", "exprl.py", "--preset", "miniature", *flags,
                       "--seed", seed, "--lr", lr, "--steps", steps, "--questions", questions,
@@ -112,6 +113,11 @@ def train(args, name: str, flags: list, seed: int, lr: float, steps: int) -> Pat
         shutil.rmtree(run / "checkpoints")
         (run / "cpu_seconds").write_text(f"{seconds:.1f}\n")
     return run
+
+
+def tokens(args) -> int:
+    """The limit of a trace, of which few of the base reach it: longer problems have longer ones."""
+    return 160 + 48 * max(args.deeper - 1, 0)
 
 
 def noisy_judge(args, noise: float) -> Path:
@@ -137,16 +143,19 @@ def noisy_judge(args, noise: float) -> Path:
 
 def write_problems(args) -> None:
     """OUT/problems/: the first --problems of each split that is measured; with --deeper new ones to train and
-    to tune on, none of which is in a shipped split."""
+    to tune on (and `longer`), none of which is in a shipped split."""
     folder = args.out / "problems"
-    for split in {"dev", *args.splits}:
+    for split in {"dev", *args.splits} - {"longer"}:
         lines = (FOLDER / f"{split}.jsonl").read_text().splitlines(keepends=True)
         write_atomically(folder / f"{split}.jsonl", "".join(lines[: args.problems]))
     if args.deeper:
         taken = {p.question for p in load_problems(str(FOLDER / "deep.jsonl"))}
-        lines = new_problems(random.Random("deeper"), 1000 + args.problems, DEEP, taken)
+        name = "deeper" if args.deeper == 1 else f"deeper {args.deeper}"
+        lines = new_problems(random.Random(name), 1000 + 2 * args.problems,
+                             tuple(depth + args.deeper for depth in HARD), taken)
         write_atomically(folder / "train.jsonl", "".join(lines[:1000]))
-        write_atomically(folder / "dev.jsonl", "".join(lines[1000:]))
+        write_atomically(folder / "dev.jsonl", "".join(lines[1000 : 1000 + args.problems]))
+        write_atomically(folder / "longer.jsonl", "".join(lines[1000 + args.problems :]))
 
 
 def cpu_seconds(run: Path) -> float:
@@ -163,7 +172,7 @@ def measure(args, stage: str, method: str, seed: int, lr: float, run: Path | Non
     if not traces.exists():
         job(args.out / "logs" / f"{traces.stem}.log", "sample.py", "--model",
             run / "model" if run else FOLDER / "policy", "--data", *files, "--n", max(KS),
-            "--max-new-tokens", 192, "--seed", seed, "--max-rows", 400, "--out", traces)
+            "--max-new-tokens", tokens(args) + 32, "--seed", seed, "--max-rows", 400, "--out", traces)
     if not kept.exists():
         by_id = {p.id: p for p in load_problems(files)}
         steps = len(read_jsonl(run / "metrics.jsonl")) if run else 0
@@ -237,7 +246,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=64, help="of each split, 16 traces each")
     parser.add_argument("--splits", nargs="+", default=["eval", "deep"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
-    parser.add_argument("--deeper", action="store_true", help="train and tune at the depth of `deep`")
+    parser.add_argument("--deeper", type=int, nargs="?", const=1, default=0, metavar="N",
+                        help="train and tune on problems with N operations more per chain (alone: 1, as `deep`)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "comparison")
     if parser.parse_args().quick:
@@ -249,6 +259,8 @@ def main() -> None:
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(args, name) for name in ("steps", "steps2", "questions", "problems")
              if getattr(args, name)} | {"deeper": args.deeper}
+    if "longer" in args.splits and not args.deeper:
+        parser.error("--splits longer: problems as long as those of --deeper N, which is missing")
     config = args.out / "config.json"
     kept = json.loads(config.read_text()) if config.exists() else {}
     if kept | sizes != sizes | kept:

@@ -117,6 +117,14 @@ def test_deeper_problems_are_new_and_as_long_as_those_of_deep(tmp_path, programs
         programs(tmp_path, "--methods", "grpo", "--lr", "4e-4")
 
 
+def test_longer_problems_are_held_out_and_measured(tmp_path, programs):
+    programs(tmp_path, "--methods", "base", "--deeper", 3, "--splits", "longer", "eval")
+    train, longer = (load_problems(str(tmp_path / "problems" / f"{name}.jsonl")) for name in ("train", "longer"))
+    questions = {p.question for p in train + longer}
+    assert len(questions) == 1002 and {q.count(":") for q in questions} == {19}
+    assert [r["split"] for r in read(tmp_path) if r["stage"] == "I"] == ["eval", "longer"]
+
+
 def test_timed_takes_the_steps_of_outcomes_seconds(tmp_path, programs):
     programs(tmp_path, "--methods", "outcome", "grpo")
     (tmp_path / "runs/outcome-0.0004-0/cpu_seconds").write_text("17.5")
