@@ -116,10 +116,13 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
 
 
 def _clean(answer: str) -> str:
-    r"""Without currency and math mode's dollars, outer \( \) or \text{}, extra spaces, a final full stop."""
+    r"""Without currency and math mode's dollars, outer \( \), ** ** or \text{}, extra spaces, a final full
+    stop."""
     answer = " ".join(re.sub(r"\\?[$\u00a3\u20ac\u00a5]", "", answer).replace("\u2212", "-").split())
-    if answer.startswith("\\(") and answer.endswith("\\)"):
-        answer = answer[2:-2]
+    for opens, closes in (("\\(", "\\)"), ("**", "**")):
+        if answer.startswith(opens) and answer.endswith(closes) and len(answer) > 4:
+            answer = answer[2:-2].strip()
+    answer = re.sub(r"^(?:US|USD|EUR|GBP) ?(?=[0-9.])", "", answer)
     styled = _STYLED.fullmatch(answer)
     return (styled[1] if styled else answer).rstrip(".").strip()
 

@@ -79,6 +79,8 @@ def test_extract_answer(text, answer):
     ("1.05", "1.05 eV"), ("9.8", r"9.8 \text{ m}/\text{s}^2"), ("9.8", r"9.8\ \mathrm{m\,s^{-2}}"),
     ("3000000", r"3\text{ million}"), ("3000000", "$3 million dollars"), ("18", "18 years old"),
     ("18", "\u20ac18"), ("18", "18 USD"),
+    ("18", "USD 18"), ("1000", "US$1,000"), ("18", "**18**"), ("B", "**B**"), ("B", "**(B) Venus**"),
+    (r"\frac12", "**1/2**"),
     ("C", r"\text{(C)}"), ("B", "B)"), ("B", "B."), ("B", "(B) Venus"), ("B", r"\text{B. Venus}"),
     ("B", r"\textbf{(B)}\ 5"), ("(B)", "B: 5"), ("Z", r"\mathrm{(Z)}"), ("B", r"\text{Option B}"),
     ("B", r"\textbf{B})"), ("B", r"(\text{B})."),
@@ -99,6 +101,7 @@ def test_same_answer(gold, guess):
     ("3", r"3\text{ million}"), ("18", "< 18"), ("18", r"\geq 18"), ("2", "2 x"),
     ("3", "3 quarters"), ("3", "3 tenths"), ("3 books", "3 pages"), ("3 books", "4"), ("5", "5 abcd x"),
     ("B", "C)"), ("B", "B) or C)"), ("B", "A) Venus, B) Mars"), ("B", "B or C"), ("B", "BC"),
+    ("18", "USD 19"), ("18", "****"), ("8", "2**3 + 2**1"),
 ])
 def test_other_answer(gold, guess):
     assert not is_correct(boxed(guess), gold)
