@@ -39,9 +39,9 @@ import torch
 
 from data import MINIATURE, Problem, is_correct
 from data.answers import _clean, last_box
-from sample import LM, Help, Sampler, at_least, context_of, load_lm, new_file, no_traceback, pick_device
-from sample import pick_dtype, problems_or_exit, require_plain_head, room_for, traces_into, with_room
-from sample import write_atomically
+from sample import LM, Help, Sampler, at_least, context_of, load_lm, new_file, no_traceback, partial_of
+from sample import pick_device, pick_dtype, problems_or_exit, require_plain_head, room_for, traces_into
+from sample import with_room, write_atomically
 
 # What the rubric says about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -851,12 +851,13 @@ def main() -> None:
     if args.judge == parser.get_default("judge"):
         args.policy = args.policy or str(MINIATURE / "policy")
     policy = load_lm(args.policy, device, dtype) if args.policy else lm
+    sampled = None
     if records is None:
         problems, most = with_room([policy], problems[: -(-args.limit // args.n)], args.max_new_tokens)
         print(f"{policy.name} writes {args.n} traces of at most {most} tokens for each of {len(problems)} "
               "problems", flush=True)
-        records, _ = traces_into(args.out and args.out.with_suffix(".traces.jsonl"), policy, problems, args.n,
-                                 most, args.temperature, args.seed)
+        sampled = args.out and args.out.with_suffix(".traces.jsonl")
+        records, _ = traces_into(sampled, policy, problems, args.n, most, args.temperature, args.seed)
         records = records[: args.limit]
     asked = {r["problem"] for r in records}
     problems = [p for p in problems if p.id in asked]
@@ -884,6 +885,8 @@ def main() -> None:
               f"{np.mean([r['correct'] for r in records]):.1%} right")
         report["readouts"].append({"readout": judge.readout, "conditions": []})
         calibrate_and_print(args, judge, problems, records, continued, report["readouts"][-1], save)
+    if sampled:
+        partial_of(sampled).unlink(missing_ok=True)
 
 
 def calibrate_and_print(args, judge: Judge, problems: list[Problem], records: list[dict], continued,

@@ -1092,12 +1092,13 @@ def traces_into(out: Path | None, lm: LM, problems: list[Problem], n: int, max_n
                 temperature: float, seed: int = 0, sampler: Sampler | None = None) -> tuple[list[dict], int]:
     """`traces_of`, written to `out` -> the records, and how many of them an interrupted program had left.
 
-    Until all are there, those that ended stand in OUT.partial. The same call goes on from there, with the
-    traces it would have had: a trace's noise depends on its place alone."""
+    Those that ended stand in partial_of(out) at once. The same call goes on from there, with the traces it
+    would have had, since a trace's noise depends on its place alone; the caller deletes it when all is done.
+    """
     job = {"model": lm.name, "written": [p.stat().st_mtime for p in Path(lm.name).glob("*.safetensors")],
            "dtype": str(lm.model.dtype), "problems": fingerprint(problems), "n": n,
            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    partial = out and out.with_name(out.name + ".partial")
+    partial = out and partial_of(out)
     done = read_partial(partial, job) if out else {}
     # of a problem with traces yet to come all are sampled anew: they enter side by side
     places = [p for p in range(len(problems)) if not done.keys() >= {*range(p * n, p * n + n)}]
@@ -1122,8 +1123,11 @@ def traces_into(out: Path | None, lm: LM, problems: list[Problem], n: int, max_n
     records = [done[i] for i in range(len(problems) * n)]
     if out:
         write_atomically(out, jsonl(records))
-        partial.unlink()
     return records, left * n
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def read_partial(path: Path, job: dict) -> dict[int, dict]:
@@ -1318,18 +1322,20 @@ def main() -> None:
                                               args.max_prompt_tokens)
     print(f"{len(problems)} problems x {args.n} traces of at most {args.max_new_tokens} tokens, "
           f"temperature {args.temperature}")
-    solved = [sample_and_print(args, lm, problems, ks, args.out)]
+    outs = [args.out, args.out and args.out.with_suffix(".against.jsonl")]
+    solved = [sample_and_print(args, lm, problems, ks, outs[0])]
     if args.against:
         del lm
         other = load_lm(other.name, device, pick_dtype(args.dtype, device))
-        out = args.out and args.out.with_suffix(".against.jsonl")
-        solved.append(sample_and_print(args, other, problems, ks, out))
+        solved.append(sample_and_print(args, other, problems, ks, outs[1]))
         print("difference, the same problems in both (95% interval)")
         for k in ks:
             ours, theirs = ([pass_at_k(args.n, c, k) for c in counts] for counts in solved)
             difference = np.subtract(ours, theirs)
             low, high = bootstrap_interval(difference)
             print(f"  pass@{k:<4d} {difference.mean():+7.2%}   {low:+.2%} .. {high:+.2%}")
+    for out in outs if args.out else ():
+        partial_of(out).unlink(missing_ok=True)
 
 
 def sample_and_print(args, lm: LM, problems: list[Problem], ks, out: Path | None) -> list[int]:

@@ -4,7 +4,7 @@
     python experiments/miniature.py            # three seeds, each method at its best rate: an hour or two
     python experiments/miniature.py --methods process-end outcome-noise-0.2    # ablations: see METHODS
     python experiments/miniature.py --deeper --splits deep eval --out runs/deeper    # seldom right at first
-    python experiments/miniature.py --deeper 3 --splits longer deep eval --lr 4e-4 --out runs/silent    # never
+    python experiments/miniature.py --deeper 3 --splits longer deep eval --lr 4e-4 --out runs/silent  # never
 
 Stage I takes the same number of traces for every method (SFT: as many references); METHOD-timed takes the
 number of steps that costs as many CPU seconds as Outcome's run. Stage II is sparse GRPO, the same for all.
@@ -247,7 +247,8 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["eval", "deep"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
     parser.add_argument("--deeper", type=int, nargs="?", const=1, default=0, metavar="N",
-                        help="train and tune on problems with N operations more per chain (alone: 1, as `deep`)")
+                        help="train and tune on problems with N operations more per chain (1, as"
+                        " `deep`, without N)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "comparison")
     if parser.parse_args().quick:

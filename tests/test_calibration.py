@@ -236,6 +236,7 @@ def test_program_samples_its_own_traces(tmp_path):
     report = json.loads((tmp_path / "o.json").read_text())
     assert report["traces"] == 8 and [r["readout"] for r in report["readouts"]] == ["expected", "critique"]
     assert len((tmp_path / "o.traces.jsonl").read_text().splitlines()) == 8
+    assert not list(tmp_path.glob("*.partial"))
     done = tiny.run("judge.py", "--judge", folder, "--data", data, "--n", 2, "--limit", 2, "--readout",
                     "expected", "--max-new-tokens", 4)
     assert "2 traces of at most 4 tokens for each of 1 problems" in done.stdout
@@ -260,6 +261,7 @@ def test_a_stop_loses_no_condition_that_was_graded(tmp_path, monkeypatch):
     row, = json.loads((tmp_path / "o.json").read_text())["readouts"]
     assert asked == ["right", "none", "wrong"]
     assert [c["condition"] for c in row["conditions"]] == ["right", "none"]
+    assert (tmp_path / "o.traces.jsonl.partial").read_text().count("\n") == 1 + 6  # none is sampled again
 
 
 # ---- the watch on a run ----

@@ -119,7 +119,8 @@ def test_deeper_problems_are_new_and_as_long_as_those_of_deep(tmp_path, programs
 
 def test_longer_problems_are_held_out_and_measured(tmp_path, programs):
     programs(tmp_path, "--methods", "base", "--deeper", 3, "--splits", "longer", "eval")
-    train, longer = (load_problems(str(tmp_path / "problems" / f"{name}.jsonl")) for name in ("train", "longer"))
+    train, longer = (load_problems(str(tmp_path / "problems" / f"{name}.jsonl"))
+                     for name in ("train", "longer"))
     questions = {p.question for p in train + longer}
     assert len(questions) == 1002 and {q.count(":") for q in questions} == {19}
     assert [r["split"] for r in read(tmp_path) if r["stage"] == "I"] == ["eval", "longer"]
