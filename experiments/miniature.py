@@ -247,8 +247,8 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["eval", "deep"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
     parser.add_argument("--deeper", type=int, nargs="?", const=1, default=0, metavar="N",
-                        help="train and tune on problems with N operations more per chain (1, as"
-                        " `deep`, without N)")
+                        help="train and tune on problems with N operations more per chain (without N: 1, as "
+                             "`deep`)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "comparison")
     if parser.parse_args().quick:
