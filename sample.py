@@ -57,7 +57,7 @@ from data import (  # noqa: E402
     MINIATURE, Problem, bootstrap_interval, fingerprint, is_correct, load_problems, pass_at_k)
 from kernels import (  # noqa: E402
     choose_token, paged_attention, plan_pages, plan_prefill, prefill_attention, rotate_, swiglu,
-    token_logprob)
+    token_logprob, upload)
 from kernels.choose_token import triton, triton_choose  # noqa: E402
 from kernels.token_logprob import product_dtype  # noqa: E402
 
@@ -292,6 +292,7 @@ class Cache:
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
         if sources:
+            sources, targets = upload(torch.tensor([sources, targets]), self.pool.device).unbind()
             self.pool[:, :, targets] = self.pool[:, :, sources]
 
     def compact(self) -> None:
@@ -493,7 +494,7 @@ class Prefill:
             page += [p.pages[t // PAGE].index for t in range(p.start, p.start + p.keep)]
             offset += [t % PAGE for t in range(p.start, p.start + p.keep)]
             at += len(p.ids)
-        where = torch.tensor([source, page, offset], dtype=torch.long, device=self.pool.device)
+        where = upload(torch.tensor([source, page, offset], dtype=torch.long), self.pool.device)
         self.source, self.page, self.offset = where.unbind()
         self.plan = plan_prefill([(p.spans, [page.index for page in p.pages]) for p in pieces],
                                  heads // self.pool.shape[3], self.pool.dtype, self.pool.device)
@@ -799,21 +800,22 @@ class Sampler:
             ids = token[:, None]
 
     def prefill(self, cache: Cache, pieces: list[Piece], store=None) -> None:
-        """Fill pages in passes of about `prefill_tokens`; then store(hidden (reads,d), their rows)."""
+        """Fill pages in passes of about `prefill_tokens`; then store(hidden (reads,d), rows): tensors. Nothing
+        here waits for a GPU, which computes a pass while the host lays out the next."""
         device = self.model.device
         while pieces:
             sizes = np.cumsum([len(piece.ids) for piece in pieces])
             count = max(1, int(np.searchsorted(sizes, self.prefill_tokens, side="right")))
             some, pieces = pieces[:count], pieces[count:]
-            ids = torch.tensor([t for piece in some for t in piece.ids], device=device)
-            positions = torch.tensor([t for piece in some for t in piece.positions], device=device)
+            ids, positions = upload(torch.tensor([[t for piece in some for t in piece.ids],
+                                                  [t for piece in some for t in piece.positions]]), device)
             hidden = self.network(ids, positions, Prefill(cache, some, self.network.heads))
             self.tokens += len(ids)
             reads = [(end - len(piece.ids) + index, row) for end, piece in zip(sizes.tolist(), some)
                      for index, row in piece.reads]
             if reads:
-                where, rows = zip(*reads)
-                store(hidden[torch.tensor(where, device=device)], list(rows))
+                where, rows = upload(torch.tensor(reads).T.contiguous(), device)
+                store(hidden[where], rows)
 
     # ---- reading logits: the judge -------------------------------------------------------------------------
 
@@ -825,7 +827,7 @@ class Sampler:
 
         The reply's end token is left out. The stem is read over the reply's own cache. No stem: zeros."""
         self.check(prompts, 1, 0.0, [len(p) + max_new_tokens + len(stem) for p in prompts])
-        out = torch.zeros(len(prompts), len(token_ids))
+        out = torch.zeros(len(prompts), len(token_ids), device=self.model.device)
         store = self.into(out, token_ids)
 
         def read_stem(cache, rows, traces):
@@ -841,7 +843,7 @@ class Sampler:
         if stem and not self.covered:
             replies = [list(r.token_ids[: len(r.token_ids) - r.finished]) for r in rollouts]
             out = self.next_logits([p + reply + stem for p, reply in zip(prompts, replies)], token_ids)
-        return rollouts, out
+        return rollouts, out.cpu()
 
     @torch.inference_mode()
     def next_logits(self, prompts: list[list[int]], token_ids: list[int],
@@ -853,11 +855,11 @@ class Sampler:
         with the one before (rubric, question, reference) are computed once: let such prompts stand together.
         """
         forks = forks or [[(len(prompt), [])] for prompt in prompts]
-        out = torch.zeros(sum(map(len, forks)), len(token_ids))
+        out = torch.zeros(sum(map(len, forks)), len(token_ids), device=self.model.device)
         rows = iter(range(len(out)))
         self.read(prompts, [[(cut, list(suffix), [next(rows)]) for cut, suffix in some] for some in forks],
                   self.into(out, token_ids))
-        return out
+        return out.cpu()
 
     @torch.inference_mode()
     def target_logprobs(self, prompts: list[list[int]],
@@ -866,24 +868,25 @@ class Sampler:
         One tensor a fork, in order: the log-prob f32 of each of the target's tokens. Shares what
         `next_logits` shares."""
         targets = [target for some in forks for _, _, target in some]
-        ids = torch.tensor([t for target in targets for t in target], dtype=torch.long)
-        weight, out = self.model.get_output_embeddings().weight, torch.zeros(len(ids))
+        ids = torch.tensor([t for target in targets for t in target], dtype=torch.long,
+                           device=self.model.device)
+        weight, out = self.model.get_output_embeddings().weight, torch.zeros(len(ids), device=ids.device)
         rows = iter(range(len(ids)))
 
         def store(hidden, rows):
-            out[rows] = token_logprob(hidden, weight, ids[rows].to(hidden.device), 1.0)[0].cpu()
+            out[rows] = token_logprob(hidden, weight, ids[rows], 1.0)[0]
 
         self.read(prompts, [[(cut, suffix + target[:-1], [next(rows) for _ in target])
                              for cut, suffix, target in some] for some in forks], store)
-        return list(out.split([len(target) for target in targets]))
+        return list(out.cpu().split([len(target) for target in targets]))
 
     def into(self, out, token_ids):
-        """A `store` for read() and prefill(): writes the logits of `token_ids` into rows of `out`."""
+        """A `store` for prefill(): writes the logits of `token_ids` into rows of `out`."""
         weight = self.model.get_output_embeddings().weight
         weight = weight[torch.tensor(token_ids, device=weight.device)]
 
         def store(hidden, rows):
-            out[rows] = (hidden @ weight.T.to(hidden.dtype)).float().cpu()
+            out[rows] = (hidden @ weight.T.to(hidden.dtype)).float()
 
         return store
 
@@ -900,7 +903,8 @@ class Sampler:
                 for cut, suffix, rows in some:
                     ids = torch.tensor([prompt[:cut] + suffix], device=self.model.device)
                     self.tokens += ids.numel()
-                    store(self.model.base_model(ids, use_cache=False).last_hidden_state[0, -len(rows):], rows)
+                    store(self.model.base_model(ids, use_cache=False).last_hidden_state[0, -len(rows):],
+                          torch.tensor(rows, device=ids.device))
             return
         longest = pages_of(max(map(len, prompts), default=1))
         with self.open(2, longest) as cache:

@@ -11,7 +11,7 @@ from .layer_ops import rotate_, swiglu
 from .packed_attention import pack, packed_attention
 from .paged_attention import paged_attention, plan_pages
 from .policy_head import policy_head
-from .prefill_attention import plan_prefill, prefill_attention
+from .prefill_attention import plan_prefill, prefill_attention, upload
 from .reverse_kl import reverse_kl
 from .token_advantages import token_advantages
 from .token_logprob import token_logprob
@@ -19,5 +19,5 @@ from .token_logprob import token_logprob
 __all__ = [
     "choose_token", "pack", "packed_attention", "paged_attention", "plan_pages", "plan_prefill",
     "policy_head", "prefill_attention", "reverse_kl", "rotate_", "swiglu", "token_advantages",
-    "token_logprob",
+    "token_logprob", "upload",
 ]

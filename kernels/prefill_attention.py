@@ -38,6 +38,13 @@ def prefill_attention(query, key, value, keys, values, plan, scaling):
     return torch_prefill_attention(query, key, value, keys, values, plan, scaling)
 
 
+def upload(tensor, device):
+    """The tensor on `device`. From pinned memory, so that the host does not wait for what a GPU is at."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def plan_prefill(pieces, group: int, dtype, device):
     """What all layers of a pass share. pieces: of each its spans and its pages' indices in the pool."""
     if torch.device(device).type == "cuda" and triton is not None:
@@ -60,7 +67,7 @@ def plan_masks(pieces, dtype, device) -> list[tuple]:
                 mask[np.ix_(rows, np.add(own, start))] = causal
             # float once, since 0 / -inf is what attention adds; a bool mask would be converted in every layer
             bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf).to(device)
-        plan.append((T, start, torch.tensor(pages, dtype=torch.long, device=device), bias))
+        plan.append((T, start, upload(torch.tensor(pages, dtype=torch.long), device), bias))
     return plan
 
 
@@ -92,7 +99,7 @@ class Tiles:
     rows: int  # of a tile
 
     def to(self, device):
-        return Tiles(*(x.to(device) for x in (self.tiles, self.own, self.table)), self.rows)
+        return Tiles(*(upload(x, device) for x in (self.tiles, self.own, self.table)), self.rows)
 
 
 def plan_tiles(pieces, group: int, dtype) -> Tiles:
