@@ -1099,7 +1099,8 @@ def traces_into(out: Path | None, lm: LM, problems: list[Problem], n: int, max_n
     Those that ended stand in partial_of(out) at once. The same call goes on from there, with the traces it
     would have had, since a trace's noise depends on its place alone; the caller deletes it when all is done.
     """
-    job = {"model": lm.name, "written": [p.stat().st_mtime for p in Path(lm.name).glob("*.safetensors")],
+    weights = Path(lm.name).glob("*.safetensors")  # of a hub id none
+    job = {"model": lm.name, "written": sorted(path.stat().st_mtime for path in weights),
            "dtype": str(lm.model.dtype), "problems": fingerprint(problems), "n": n,
            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     partial = out and partial_of(out)
