@@ -1111,9 +1111,10 @@ def traces_into(out: Path | None, lm: LM, problems: list[Problem], n: int, max_n
     with (no_traceback(), open(partial, "a") if out else nullcontext() as file,
           tqdm(total=len(problems) * n, initial=left * n, unit="trace", disable=None) as bar):
         def keep(i, record):
-            done[places[i // n] * n + i % n] = record
+            place = places[i // n] * n + i % n
+            done[place] = record
             if file:
-                file.write(json.dumps([places[i // n] * n + i % n, record]) + "\n")
+                file.write(json.dumps([place, record]) + "\n")
                 file.flush()
             bar.update()
 

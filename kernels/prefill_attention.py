@@ -66,7 +66,7 @@ def plan_masks(pieces, dtype, device) -> list[tuple]:
                 causal = torch.ones(count, len(own), dtype=torch.bool).tril(len(own) - count)
                 mask[np.ix_(rows, np.add(own, start))] = causal
             # float once, since 0 / -inf is what attention adds; a bool mask would be converted in every layer
-            bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf).to(device)
+            bias = upload(torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf), device)
         plan.append((T, start, upload(torch.tensor(pages, dtype=torch.long), device), bias))
     return plan
 
