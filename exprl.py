@@ -1166,11 +1166,11 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 check_judge(state, settings, bar)
             while True:
                 last = state.step == settings.steps
+                if state.step and (last or settings.save_every and state.step % settings.save_every == 0):
+                    save_checkpoint(state, run, settings)  # first: a kill while evaluating costs no step
                 due = state.step == 0 or last or settings.eval_every and state.step % settings.eval_every == 0
                 if state.held_out and due and state.step not in evaluated:
                     evaluation(state, settings, run, bar)
-                if state.step and (last or settings.save_every and state.step % settings.save_every == 0):
-                    save_checkpoint(state, run, settings)
                 if last:
                     break
                 metrics, records = train_step(state, settings, state.step + 1)

@@ -404,6 +404,15 @@ def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
     same_end(run, whole[0])
 
 
+def test_a_step_is_saved_before_it_is_evaluated(world, tmp_path, monkeypatch):
+    """A kill in a long evaluation costs no training step."""
+    run, saved = tmp_path / "run", []
+    monkeypatch.setattr(exprl, "evaluation", lambda state, *_: saved.append(
+        (state.step, [path.name for path in exprl.complete_checkpoints(run)])))
+    exprl.main([*map(str, flags_of_whole(world)), "--steps", "3", "--check-judge", "0", "--out", str(run)])
+    assert saved == [(0, []), (3, ["step_2", "step_3"])]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit_cleanly(world, whole, tmp_path, number):
     run = tmp_path / "stopped"
