@@ -527,8 +527,8 @@ def references(policy: LM, problems: list[Problem], prompts) -> Traces:
 
 
 def reference_ids(policy: LM, problem: Problem) -> list[int]:
-    """What SFT imitates: the reference and the end token."""
-    return [*policy.encode(problem.solution), policy.tokenizer.eos_token_id]
+    """What SFT imitates: the reference and the end of the turn."""
+    return [*policy.encode(problem.solution), policy.turn_end]
 
 
 TEACHER = (

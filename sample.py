@@ -118,6 +118,15 @@ class LM:
         """Tokens of a prompt beside the question's."""
         return len(self.chat(""))
 
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The token that closes the answer in the chat template; the tokenizer's end token if none does."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
+        behind = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("the answer")[2]
+        first = self.tokenizer.encode(behind, add_special_tokens=False)[:1]
+        special = [t for t in first if t in self.tokenizer.all_special_ids]
+        return special[0] if special else self.tokenizer.eos_token_id
+
     def text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
@@ -184,7 +193,13 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
                          "take its instruct version")
     prompts_file = Path(path) / "prompts.json"
     prompts = json.loads(prompts_file.read_text()) if prompts_file.exists() else {}
-    return LM(path, model.to(device).eval(), tokenizer, prompts)
+    lm = LM(path, model.to(device).eval(), tokenizer, prompts)
+    # A base model (Qwen2.5-1.5B) names the end of a document only. Prompted as a chat it closes its turn with
+    # another token, and would go on with the user's next turn, and answer that.
+    ends = end_tokens(model)
+    if lm.turn_end not in (None, *ends):
+        model.generation_config.eos_token_id = [*ends, lm.turn_end]
+    return lm
 
 
 def layer_kinds(config) -> list[str]:
@@ -646,6 +661,9 @@ class Sampler:
         if not prompts or not n:
             return []
         ends = end_tokens(self.model) if end_ids is None else end_ids
+        if not ends and end_ids is None:
+            raise ValueError("the model's generation_config.json names no eos_token_id: add it, or give "
+                             "end_ids")
         longest = pages_of(max(map(len, prompts)) + max_new_tokens)
         results: list[Rollout | None] = [None] * (n * len(prompts))
         rows = Rows(min(self.max_rows, len(results)), longest, len(results), max_new_tokens, temperature,
@@ -1062,10 +1080,9 @@ def trace_noise(seed: int, trace: int, tokens: int) -> np.ndarray:
 
 
 def end_tokens(model) -> list[int]:
+    """What the model's generation_config.json names, none perhaps."""
     ends = model.generation_config.eos_token_id
-    if ends is None:
-        raise ValueError("the model's generation_config.json names no eos_token_id: add it, or give end_ids")
-    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -429,6 +429,23 @@ def test_end_tokens_and_empty_input():
     assert not Sampler(net).sample([[1]], max_new_tokens=8, end_ids=[])[0].finished
 
 
+def test_a_base_model_ends_its_turn(tmp_path):
+    """Its config names the end of a document; its chat template closes a turn with another token."""
+    folder = tiny.save(tmp_path / "base")
+    config = json.loads((folder / "generation_config.json").read_text())
+    for named, ends in ((250, [250, 256]), ([256, 250], [256, 250]), (None, [256])):
+        (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": named}))
+        lm = sample.load_lm(str(folder))
+        assert lm.turn_end == 256 and sample.end_tokens(lm.model) == ends
+    lm.save(tmp_path / "again")
+    assert sample.end_tokens(sample.load_lm(str(tmp_path / "again")).model) == [256]
+    tokenizer = tiny.tokenizer()
+    for template, end in ((tiny.TEMPLATE.replace("<|end|>", ""), 256), (tiny.TEMPLATE, 256),
+                          (tiny.TEMPLATE.replace("<|end|>", "<|user|>\n"), 258)):
+        tokenizer.chat_template = template
+        assert sample.LM("", lm.model, tokenizer).turn_end == end
+
+
 def test_limits_are_refused_before_sampling():
     net = tiny.model(context=64)
     with pytest.raises(ValueError, match="prompt 1 has 40 tokens.*--max-new-tokens"):
