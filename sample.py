@@ -136,16 +136,35 @@ class LM:
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that AutoModelForCausalLM, vLLM and this project load."""
-        self.save_config(folder)
         self.model.save_pretrained(folder)
+        self.save_config(folder)
 
     def save_config(self, folder: Path) -> None:
-        """All of it but the weights."""
+        """All of it but the weights; what transformers 4 knows by older names, by these, too."""
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        for name in ("config.json", "tokenizer_config.json"):
+            path = Path(folder) / name
+            path.write_text(json.dumps(with_older_names(json.loads(path.read_text())), indent=2) + "\n")
         if self.prompts:
             (Path(folder) / "prompts.json").write_text(json.dumps(self.prompts, indent=1) + "\n")
+
+
+def with_older_names(config: dict) -> dict:
+    """config.json or tokenizer_config.json so that transformers 4, on which many servers and trainers stand,
+    reads the same from it: by the newer names alone it fails, or takes 10,000 for the angles' base and says
+    nothing."""
+    config, rope = dict(config), config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if "tokenizer_class" in config:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # what load_lm reads it with, in either version
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
 
 
 def resolve_model(name: str) -> str:

@@ -429,6 +429,24 @@ def test_end_tokens_and_empty_input():
     assert not Sampler(net).sample([[1]], max_new_tokens=8, end_ids=[])[0].finished
 
 
+def test_what_is_saved_is_read_by_transformers_4_too(tmp_path):
+    """It reads these names only; see sample.with_older_names."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    lm = sample.LM("", tiny.model("llama", rope_parameters=dict(rope)), tiny.tokenizer())
+    lm.save(tmp_path)
+    config, words = (json.loads((tmp_path / name).read_text()) for name in ("config.json",
+                                                                            "tokenizer_config.json"))
+    assert config["rope_theta"] == rope.pop("rope_theta") and config["rope_scaling"] == rope
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in words
+    assert words["additional_special_tokens"] == ["<|system|>", "<|user|>", "<|assistant|>"]
+    again = load_lm(str(tmp_path))
+    assert again.model.config.rope_parameters == lm.model.config.rope_parameters
+    assert again.tokenizer.all_special_tokens == lm.tokenizer.all_special_tokens
+    ids = torch.arange(1, 100)[None]
+    assert torch.equal(again.model(ids).logits, lm.model(ids).logits)
+
+
 def test_a_base_model_ends_its_turn(tmp_path):
     """Its config names the end of a document; its chat template closes a turn with another token."""
     folder = tiny.save(tmp_path / "base")
