@@ -39,9 +39,9 @@ import torch
 
 from data import MINIATURE, Problem, is_correct
 from data.answers import _clean, last_box
-from sample import LM, Help, Sampler, at_least, context_of, load_lm, new_file, no_traceback, partial_of
-from sample import pick_device, pick_dtype, problems_or_exit, require_plain_head, room_for, traces_into
-from sample import with_room, write_atomically
+from sample import LM, TEMPLATE_OPTIONS, Help, Sampler, at_least, context_of, load_lm, new_file
+from sample import no_traceback, partial_of, pick_device, pick_dtype, problems_or_exit, require_plain_head
+from sample import room_for, traces_into, with_room, write_atomically
 
 # What the rubric says about a domain; a problem's `domain` chooses ("science/physics" takes science), and one
 # that is not here is graded as math. To add yours: one entry here, or `judge.DOMAINS["law"] = {...}`.
@@ -270,8 +270,8 @@ class Judge:
         for slot, mark in zip(slots, marks):
             user = user.replace("{" + slot + "}", mark)
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False,
-                                                  tokenize=False)
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
+                                                  **TEMPLATE_OPTIONS)
         if re.findall("|".join(marks), text) != marks:
             raise SystemExit("the judge's prompt must hold {question}, {reference} and {trace}, once each, "
                              "in this order: mend USER in judge.py or the prompts.json of the judge's folder")

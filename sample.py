@@ -71,6 +71,9 @@ SYSTEM_PROMPT = (
     "Solve the problem step by step. Open every step with a line that starts with ### and says what the step "
     "does, then carry it out below. When you are done, state the final answer inside \\boxed{}."
 )
+# Read by some chat templates: Qwen3's would let it think first, Llama 3's put today's date into every prompt,
+# so that a run resumed tomorrow would go on with other prompts.
+TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 FAMILIES = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama-": "meta-llama", "meta-llama-": "meta-llama"}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # full attention in every layer, plain linear head
 PAGE = 32  # tokens. On a CPU 32 to 128 cost the same, 16 a third more; small pages waste less and share more
@@ -109,9 +112,8 @@ class LM:
         """The prompt of a problem, as token ids: system prompt, question, and the start of the answer."""
         messages = [{"role": "system", "content": self.prompts.get("system", SYSTEM_PROMPT)},
                     {"role": "user", "content": question}]
-        # enable_thinking is read by Qwen3's template and ignored by the others
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                       enable_thinking=False, return_dict=False))
+                                                       return_dict=False, **TEMPLATE_OPTIONS))
 
     @cached_property
     def overhead(self) -> int:

@@ -23,7 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sample import LM, Sampler, load_lm, pick_device, pick_dtype, problems_or_exit  # noqa: E402
+from sample import LM, TEMPLATE_OPTIONS, Sampler, load_lm, pick_device, pick_dtype  # noqa: E402
+from sample import problems_or_exit  # noqa: E402
 from data import Problem, extract_answer  # noqa: E402
 from judge import ASK, CONCLUDE, CONCLUSION, DIGITS, READOUTS, STEM, UNSEEN, USER, Judge, rubric  # noqa: E402
 from judge import auroc, centred, correlation, expected_grade, grade_records  # noqa: E402
@@ -107,7 +108,7 @@ def readings(lm: LM, sampler: Sampler, alike: list[str], shown: list[dict[str, P
                 system, before, ask, stem, wanted = VARIANTS[name]
                 text = tok.apply_chat_template(
                     [{"role": "system", "content": system}, {"role": "user", "content": fill(before + ask)}],
-                    add_generation_prompt=True, enable_thinking=False, tokenize=False)
+                    add_generation_prompt=True, tokenize=False, **TEMPLATE_OPTIONS)
                 head, rest = text.split("@@trace@@")
                 if len(prompts) == i:
                     prompts.append(encode(head) + tok.encode(r["text"], add_special_tokens=False,

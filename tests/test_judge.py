@@ -11,6 +11,7 @@ import torch
 import judge as judge_module
 from data import Problem
 from judge import DOMAINS, READOUTS, Judge, checkpoints, closeness, gain, read_grade, with_reference
+from sample import LM
 
 PROBLEM = Problem("p/1", "What is 2 + 2?", "Two and two make \\boxed{4}.", "4", "math")
 HOSTILE = [
@@ -45,6 +46,16 @@ def test_a_trace_cannot_change_the_structure(judge, trace):
     assert all(token < 256 for token in inside)  # special tokens are spelled out
     text = judge.tokenizer.decode(inside).lower().replace(" ", "")
     assert "</trace" not in text and "<reference" not in text
+
+
+def test_prompts_do_not_depend_on_the_day():
+    """Llama 3's template asks for the date unless it is given one."""
+    tokenizer, net = tiny.tokenizer(), tiny.model()
+    date = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer.chat_template = date + "{{ date_string }}" + tiny.TEMPLATE
+    asked = LM("", net, tokenizer).chat(PROBLEM.question)
+    shared, _ = Judge(net, tokenizer, readout="expected").prompt(PROBLEM)
+    assert all(tokenizer.decode(ids).startswith("26 Jul 2024<|system|>") for ids in (asked, shared))
 
 
 def test_a_question_cannot_either(judge):
