@@ -175,11 +175,12 @@ if triton is not None:
 
 
 def block_shape(query) -> tuple[int, int]:
-    """Keys at a time, and the compiler's num_stages, by its code (not yet timed): on Ampere 64 keys spill
-    registers; and where keys lie is loaded first, which takes stages of its own: with 5 three copies of keys
-    or values are under way while a block is computed, with fewer none. D = 256 has no room for them."""
-    ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0)
-    keys = 16 if query.dtype == torch.float32 else 32 if ampere else 64
+    """Keys at a time, and the compiler's num_stages, by its code (not yet timed): 64 keys spill registers but
+    on Hopper and the large Blackwells; and where keys lie is loaded first, which takes stages of its own: with
+    5 three copies of keys or values are under way while a block is computed, with fewer none. D = 256 has no
+    room for them."""
+    small = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] not in (9, 10)
+    keys = 16 if query.dtype == torch.float32 else 32 if small else 64
     return keys, 5 if query.shape[2] <= 128 else 2
 
 
