@@ -283,7 +283,7 @@ class Judge:
 
     def quote(self, text: str) -> list[int]:
         """Text of others: special tokens are spelled out, and nothing in it closes or opens a fence."""
-        text = re.sub(r"<(?=\s*/?\s*(?:problem|reference|trace)\b)", "‹", text, flags=re.IGNORECASE)
+        text = re.sub(r"<(?=\s*+/?\s*+(?:problem|reference|trace)\b)", "‹", text, flags=re.IGNORECASE)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def targets(self, problem: Problem) -> list[tuple[str, str]]:
@@ -482,9 +482,14 @@ def with_reference(problems: list[Problem], condition: str, no_reference: str,
         return {p.id: replace(p, solution=no_reference, answer="") for p in problems}
     if len(problems) == 1:
         raise SystemExit("a wrong reference is another problem's, and there is one problem: take more --data")
-    order = np.random.default_rng(seed).permutation(len(problems))
-    pairs = ((problems[i], problems[j]) for i, j in zip(order, np.roll(order, 1)))
-    return {p.id: replace(p, solution=other.solution, answer=other.answer) for p, other in pairs}
+    order = np.random.default_rng(seed).permutation(len(problems)).tolist()
+    shown = {}
+    for place, i in enumerate(order):
+        # of the ones before it the first with another answer: "B" is the answer of many
+        others = (problems[order[place - k]] for k in range(1, min(len(order), 100)))
+        other = next((p for p in others if p.answer != problems[i].answer), problems[order[place - 1]])
+        shown[problems[i].id] = replace(problems[i], solution=other.solution, answer=other.answer)
+    return shown
 
 
 def calibrate(judge: Judge, problems: list[Problem], records: list[dict], condition: str,
@@ -593,8 +598,12 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
     if right["problems"] < LEAST_PROBLEMS:
         return "noise", (f"for all one can tell from {right['problems']} problems, which are too few for an "
                          f"interval: take at least {LEAST_PROBLEMS}")
+    if right["auroc_high"] < 0.5:
+        return "noise", f"{known}: it ranks wrong traces first; {remedy}"
     if not right["auroc_low"] > 0.5:
         return "noise", f"{known} does not exclude chance; {remedy}, or more traces if the interval is wide"
+    if wrong and math.isnan(drop):
+        return "weak", f"{known}, but with another problem's reference its grades cannot be read; {remedy}"
     if drop < 0.1:
         return "weak", (f"with another problem's reference its AUROC falls by {drop:.2f} only: it grades the "
                         f"looks of a trace, not its agreement with the reference; {remedy}")
@@ -609,7 +618,7 @@ def usable(right: dict, wrong: dict | None = None) -> tuple[str, str]:
 def probe_traces(problem: Problem, right: str, wrong: str, rng: np.random.Generator) -> dict[str, list[str]]:
     """Traces that deserve little, by kind, made of an honest right and a wrong trace of the problem."""
     box, reference = f"\\boxed{{{final_answer(problem)}}}", problem.solution
-    cut = last_line(reference)
+    cut = last_line(reference) or len(reference)  # of a single line all may change
     words = problem.question.split() + reference.split()
     return {
         "empty": [""],
@@ -624,7 +633,8 @@ def probe_traces(problem: Problem, right: str, wrong: str, rng: np.random.Genera
         "the right answer alone": [box],
         "wrong work, right last line": [wrong[: last_line(wrong)].rstrip() + "\n" + box],
         "right work, wrong last line": [right[: last_line(right)] + bump(right[last_line(right):])],
-        "the reference, one number changed": [bump(reference[:cut], last=True) + reference[cut:]],
+        "the reference, one number changed": [bump(reference[:cut], last=True) + reference[cut:]]
+        if re.search(r"\d", reference[:cut]) else [],
         "very long noise": [" ".join(rng.choice(words, 600))],
     }
 
@@ -635,10 +645,10 @@ def last_line(text: str) -> int:
 
 
 def bump(text: str, last: bool = False) -> str:
-    """The first (or last) number changed in its last digit."""
+    """The first (or last) number changed in its last digit; a text without any becomes another answer."""
     found = list(re.finditer(r"\d+", text))
     if not found:
-        return text + " 7"
+        return "\\boxed{7}"
     place = found[-1 if last else 0].end() - 1
     return text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1:]
 

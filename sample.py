@@ -1181,8 +1181,12 @@ def read_partial(path: Path, job: dict) -> dict[int, dict]:
         raise SystemExit(f"{path} holds traces of an interrupted program with another model, data or flags: "
                          "repeat its command to go on with it, delete it, or choose another --out")
     whole = lines[:-1]  # behind the last newline there is nothing, or what a kill tore
+    try:
+        done = dict(map(json.loads, whole))
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{path} is damaged ({error}): delete it, or choose another --out") from error
     write_atomically(path, "".join(line + "\n" for line in [first, *whole]))
-    return dict(map(json.loads, whole))
+    return done
 
 
 def summary(records: list[dict], n: int, ks) -> dict:
@@ -1290,9 +1294,11 @@ def at_least(least: int):
 
 def new_file(text: str) -> Path:
     """The type of --out, so that it is looked at before the work: it is written at the end."""
-    path = Path(text)
+    path = Path(text).resolve()  # it is renamed into its place: not into that of a link
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is no plain file: name one, or leave out --out")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist: create it")
     return path

@@ -55,8 +55,8 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 # quote stands for \text). Bare units have four letters or are well known: "3 m" may be a product.
 _UNIT = re.compile(
     r"(.*?[0-9.}])(?:[ ~']|\\[,;: ])+(?!.*\b" + _CHANGES + r")(?:(" + "|".join(_SCALES) + r")s?\b ?)?"
-    r"(?:[a-z]{4,}(?: [a-z]{2,}){0,3}|(?-i:[kMG]?eV|AU|[kM]?pc|ergs?|[cmk]m|kg|[kMG]?Hz|k?Pa|USD|EUR)|"
-    r"(?<=')[^0-9%]*(?:\^ ?\{? ?-?[0-9] ?\}?[^0-9%]*)*|(?<=ion)|(?<=dred)|(?<=sand))", re.I)
+    r"([a-z]{4,}(?: [a-z]{2,}){0,3}|(?-i:[kMG]?eV|AU|[kM]?pc|ergs?|[cmk]m|kg|[kMG]?Hz|k?Pa|USD|EUR)|"
+    r"(?<=')[^0-9%]*(?:\^ ?\{? ?-?[0-9][^0-9%]*)*|(?<=ion)|(?<=dred)|(?<=sand))", re.I)
 _MIXED = re.compile(r"[0-9.}](?:[ ~']|\\[,;: ])+(?!times\b)[A-Za-z]{3,}[^0-9]*[0-9]")  # 2 hours 30 minutes
 _RELATION = re.compile(r"[<>\u2264\u2265]|\\[lg](?:t|eq?|eqslant)\b")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
@@ -107,9 +107,12 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
     for one, other in ((gold, guess), (guess, gold)):  # one names its unit, the other does not
         ours, theirs = _decimal(one), _measured(other)
         if ours is not None and theirs is not None:
-            return ours == theirs
+            return ours == theirs[0]
         if ours is not None and _MIXED.search(_quoted(other)):
             return False  # math-verify would drop all but the first
+    ours, theirs = _measured(gold), _measured(guess)
+    if ours is not None and theirs is not None and (ours[0] != theirs[0] or ours == theirs):
+        return ours == theirs  # else the same number, its units written differently
     if bool(_RELATION.match(gold)) != bool(_RELATION.match(guess)):
         return False
     return _math_equal(gold, guess)
@@ -129,7 +132,7 @@ def _clean(answer: str) -> str:
 
 def _decimal(answer: str) -> Decimal | None:
     """Exact value of a plain decimal number with thousands separators and a power of ten, else None."""
-    number = _DECIMAL.fullmatch(answer)
+    number = _DECIMAL.fullmatch(re.sub(r"^([+-]?)10 ?(?=\^)", r"\g<1>1 x 10", answer))
     if number is None or not (number[2] or number[3]):
         return None
     whole = re.sub("[^0-9]", "", number[2])
@@ -140,12 +143,14 @@ def _quoted(answer: str) -> str:
     return " ".join(_STYLED.sub(r" ' \1 ", answer).split())
 
 
-def _measured(answer: str) -> Decimal | None:
-    """The number before a unit. (To math-verify "18 books" is a product with b, o, o, k and s, and 1.6e-19 J
-    equals 1.7e-19 J.)"""
+def _measured(answer: str) -> tuple[Decimal, str] | None:
+    """A number and the unit behind it. (To math-verify "18 books" is a product with b, o, o, k and s, and
+    1.6e-19 J equals 1.7e-19 J.)"""
     measured = _UNIT.fullmatch(_quoted(answer))
-    number = measured and _decimal(measured[1].strip())
-    return number and number.scaleb(_SCALES[measured[2].lower()] if measured[2] else 0)
+    number = _decimal(measured[1].strip()) if measured else None
+    if number is None:
+        return None
+    return number.scaleb(_SCALES[measured[2].lower()] if measured[2] else 0), measured[3].strip()
 
 
 def _letter(answer: str) -> str | None:

@@ -163,9 +163,10 @@ def _options(row: dict) -> dict[str, str]:
     pairs = []  # zip_longest: a letter without a text, or a text without one, is no text
     if isinstance(given, list):
         pairs = list(zip_longest("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(given)], given))
-    elif isinstance(given, dict):
-        labelled = set(given) == {"label", "text"}
-        pairs = list(zip_longest(given["label"], given["text"]) if labelled else given.items())
+    elif isinstance(given, dict) and set(given) != {"label", "text"}:
+        pairs = list(given.items())
+    elif isinstance(given, dict) and all(type(column) is list for column in given.values()):
+        pairs = list(zip_longest(given["label"], given["text"]))
     if not (all(type(text) is str and not _UNUSABLE.search(text) for pair in pairs for text in pair)
             and 2 <= len(dict(pairs)) == len(pairs) <= 26):
         raise ValueError(f"`choices` are not 2 to 26 texts: {given!a:.40}")
@@ -224,7 +225,7 @@ def _read_rows(file: Path):
                 raise BadRows(f"{file}: invalid JSON: {error}") from error
         if isinstance(rows, dict):  # {"version": 1, "data": [...]}, or a single row
             lists = [value for value in rows.values() if isinstance(value, list)]
-            rows = lists[0] if len(lists) == 1 else [rows]
+            rows = lists[0] if len(lists) == 1 and rows.keys().isdisjoint(COLUMNS) else [rows]
         if isinstance(rows, list):
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
             return

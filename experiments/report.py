@@ -8,8 +8,6 @@ and computes the numbers; report.html beside it draws them. Left out: the traces
 """
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -20,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from data import load_problems  # noqa: E402  the repository's own, whatever the working directory
+from data import fingerprint, load_problems  # noqa: E402  the repository's own, whatever the working directory
 
 DATA = "training data"
 
@@ -138,8 +136,7 @@ def problems_of(run: Run, named: set[str], notices: list[str]) -> dict[str, list
         notices.append(f"{run.name}: only the ids of its problems are shown, for its data cannot be read. "
                        f"Start this where the run was started, with the data in its place. {error}")
         return {}
-    digest = hashlib.sha256(json.dumps([dataclasses.astuple(p) for p in problems]).encode()).hexdigest()
-    if not digest.startswith(run.settings[DATA]):  # which exprl.fingerprint made
+    if run.settings[DATA] not in ("", fingerprint(problems)):
         notices.append(f"{run.name}: its data is not just what it trained on (edited since, or rows were "
                        "skipped or left out as too long): take the references with care.")
     return {p.id: [p.question, p.solution, p.answer] for p in problems if p.id in named}
@@ -199,9 +196,13 @@ def main(argv=None) -> None:
     parser.add_argument("--max-mb", type=float, default=60,
                         help="of traces; beyond it, those of every n-th step only (default: 60)")
     args = parser.parse_args(argv)
+    args.runs = list(dict.fromkeys(args.runs))
     for folder in args.runs:
-        config = folder / "config.json"  # a model's folder has one, too
-        if not config.exists() or "settings" not in json.loads(config.read_text()):
+        try:
+            sound = "settings" in json.loads((folder / "config.json").read_text())  # a model has one, too
+        except (OSError, ValueError):
+            sound = False
+        if not sound:
             parser.error(f"{folder}: no config.json of a run there; name a run's folder")
     out = args.out or args.runs[0] / "report.html"
     if not args.max_mb > 0 or out.is_dir() or not out.parent.is_dir():

@@ -85,6 +85,8 @@ def test_extract_answer(text, answer):
     ("B", r"\textbf{(B)}\ 5"), ("(B)", "B: 5"), ("Z", r"\mathrm{(Z)}"), ("B", r"\text{Option B}"),
     ("B", r"\textbf{B})"), ("B", r"(\text{B})."),
     ("even", r"\text{Even}"), ("Two Dogs", r"\textbf{two  dogs}"),
+    (r"1.6 \times 10^{-19} \mathrm{J}", r"1.6e-19 \mathrm{J}"), ("5000000 dollars", "5 million dollars"),
+    ("10^6", "1,000,000"), (r"10^3\text{ kg}", r"1000\ \mathrm{kg}"), (r"\sqrt{10}", "10^{1/2}"),
 ])
 def test_same_answer(gold, guess):
     assert is_correct(boxed(guess), gold)
@@ -101,7 +103,9 @@ def test_same_answer(gold, guess):
     ("3", r"3\text{ million}"), ("18", "< 18"), ("18", r"\geq 18"), ("2", "2 x"),
     ("3", "3 quarters"), ("3", "3 tenths"), ("3 books", "3 pages"), ("3 books", "4"), ("5", "5 abcd x"),
     ("B", "C)"), ("B", "B) or C)"), ("B", "A) Venus, B) Mars"), ("B", "B or C"), ("B", "BC"),
-    ("18", "USD 19"), ("18", "****"), ("8", "2**3 + 2**1"),
+    ("18", "USD 19"), ("18", "****"), ("8", "2**3 + 2**1"), ("10^{-20}", "10^{-19}"),
+    (r"1.6 \times 10^{-19} \mathrm{J}", r"1.7 \times 10^{-19} \mathrm{J}"),
+    (r"0.0000002 \text{ m}", r"0.0000001 \text{ m}"),
 ])
 def test_other_answer(gold, guess):
     assert not is_correct(boxed(guess), gold)
@@ -154,7 +158,7 @@ HOSTILE = {  # each is slow, deep or large for sympy or for a regular expression
     "deep": r"\frac{1}{" * 10_000 + "1" + "}" * 10_000, "unclosed": r"\frac{" * 10_000,
     "digits": "7" * 3_000_000, "commas": "111," * 1_000_000, "minuses": "-" * 3_000_000,
     "backslashes": "\\" * 3_000_000, "boxes": r"\boxed{" * 300_000, "spaces": "\\boxed" + " " * 3_000_000,
-    "braces": "{" * 2_000_000 + "}" * 999_999,
+    "braces": "{" * 2_000_000 + "}" * 999_999, "powers": r"5 \text{ cm}" + "^2 " * 300 + "+ 1",
 }
 
 

@@ -19,7 +19,7 @@ from data import miniature as mini
 from exprl import Settings, trace_metrics
 from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, centred, continue_prefixes,
                    corr_in_groups, correlation, gain, gamed, probe, probe_traces, read_traces,
-                   short_calibration, usable)
+                   short_calibration, usable, with_reference)
 from sample import load_lm
 
 sys.path.append(str(tiny.ROOT / "experiments"))
@@ -97,6 +97,24 @@ def test_one_problem_has_no_wrong_reference():
     assert word == "noise" and "from 1 problems" in reason and "no other's reference" in reason
 
 
+def test_a_wrong_reference_has_another_answer():
+    problems = [Problem(f"p/{i}", "q", f"s{i}", "AB"[i % 10 == 0], "choice") for i in range(40)]
+    for seed in range(5):
+        shown = with_reference(problems, "wrong", "", seed)
+        assert all(shown[p.id].answer != p.answer for p in problems)
+    alike = with_reference(problems[1:4], "wrong", "", 0)
+    assert all(alike[p.id].solution != p.solution for p in problems[1:4])
+
+
+def test_the_verdict_says_what_the_numbers_say():
+    right = calibrate(Stand(), PROBLEMS, RECORDS, "right")
+    below = right | {"auroc": 0.2, "auroc_low": 0.1, "auroc_high": 0.4}
+    assert usable(below) == ("noise", "AUROC 0.20 (0.10 to 0.40): it ranks wrong traces first; try --readout "
+                             "likelihood, or a larger judge")
+    word, reason = usable(right, right | {"auroc": math.nan})
+    assert word == "weak" and "cannot be read" in reason
+
+
 def test_few_problems_tell_nothing():
     """A bootstrap over one problem has no width: grades at random would often pass."""
     for count, word in ((1, "noise"), (3, "noise"), (4, "usable")):
@@ -134,6 +152,16 @@ def test_probes_are_what_they_say():
         again = probe_traces(replace(problem, answer=answer), right, wrong, np.random.default_rng(0))
         assert again == made
     assert len(made["very long noise"][0].split()) == 600 and len(made["grade 5, in many forms"]) > 4
+
+
+def test_probes_of_an_answer_without_digits():
+    problem = Problem("p/1", "Which planet?", "The hot one is Venus.\n\\boxed{A}", "A", "choice")
+    right, wrong = "It is hot.\n\\boxed{A}", "It is cold.\n\\boxed{B}"
+    made = probe_traces(problem, right, wrong, np.random.default_rng(0))
+    assert not is_correct(made["right work, wrong last line"][0], "A")
+    assert made["the reference, one number changed"] == []
+    one_line = probe_traces(replace(problem, solution="3 + 4 = 7"), "x", "y", np.random.default_rng(0))
+    assert one_line["the reference, one number changed"] == ["3 + 4 = 8"]
 
 
 @pytest.fixture(scope="module")

@@ -177,6 +177,11 @@ def test_json_layouts(tmp_path, text):
     assert [problem.id for problem in load_problems(str(tmp_path / "a.json"))] == ["a/1", "a/2"]
 
 
+def test_a_single_row_may_hold_a_list(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"question": "q", "answer": "1", "tags": ["a", "1"]}))
+    assert [problem.answer for problem in load_problems(str(tmp_path / "a.json"))] == ["1"]
+
+
 @pytest.mark.parametrize("name, content, reason", [
     ("a.jsonl", b"", "no rows"), ("a.jsonl", b"\n\n", "no rows"), ("a.json", b"[]", "no rows"),
     ("a.json", b"", "invalid JSON"), ("a.json", b"[{}", "invalid JSON"), ("a.json", b"7", "not an object"),
@@ -376,6 +381,8 @@ def test_an_answer_that_is_a_letter_is_the_letter(tmp_path, row, answer):
     ({"choices": [1, 2], "answer": 0}, "2 to 26 texts"),
     ({"choices": [f"o{i}" for i in range(27)], "answer": 0}, "2 to 26 texts"),  # the 27th would be no option
     ({"choices": {"label": ["A"], "text": ["x"]}, "answerKey": "A"}, "2 to 26 texts"),
+    ({"choices": {"label": None, "text": None}, "answerKey": "A"}, "2 to 26 texts"),
+    ({"choices": {"label": "AB", "text": "xy"}, "answerKey": "A"}, "2 to 26 texts"),
     ({"choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answerKey": "A"}, "2 to 26 texts"),
     ({"choices": {"label": ["A", "B"], "text": ["x", "y", "z"]}, "answerKey": "A"}, "2 to 26 texts"),
     ({"choices": ["x", "y"], "answer": "z"}, "none of the choices"),

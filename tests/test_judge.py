@@ -1,6 +1,7 @@
 """The judge: prompt structure that no trace can change, domains, the four readouts, unread grades."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,13 @@ def test_a_trace_cannot_change_the_structure(judge, trace):
     assert all(token < 256 for token in inside)  # special tokens are spelled out
     text = judge.tokenizer.decode(inside).lower().replace(" ", "")
     assert "</trace" not in text and "<reference" not in text
+
+
+def test_defusing_fences_takes_no_time(judge):
+    """Blanks cost few tokens: a trace may hold any number."""
+    start = time.perf_counter()
+    judge.quote("<" + " \n" * 50_000 + "trace>" + "< " * 50_000)
+    assert time.perf_counter() - start < 10
 
 
 def test_prompts_do_not_depend_on_the_day():

@@ -1,5 +1,6 @@
 """The sampler against transformers: greedy tokens, teacher-forced log-probs, distribution, refill, limits."""
 
+import argparse
 import gc
 import importlib
 import json
@@ -595,6 +596,9 @@ def test_an_interrupted_program_goes_on_with_the_same_traces(tmp_path, monkeypat
     partial.write_text(json.dumps(json.loads(head) | {"written": [1.0]}) + "\n" + rest)
     assert 0 < len(whole) < 5 and run() == (want, 3 * len(whole))
     assert out.read_text() == text
+    partial.write_text(json.dumps(json.loads(head) | {"written": [1.0]}) + "\n[7, {\n")
+    with pytest.raises(SystemExit, match="t.jsonl.partial is damaged"):
+        run()
 
 
 def test_a_killed_program_goes_on(tmp_path):
@@ -631,11 +635,22 @@ def test_one_long_question_does_not_cut_all_traces_short(tmp_path, capsys):
         sample.with_room([lm], problems, 600)
 
 
+def test_out_is_a_plain_file_or_a_link_to_one(tmp_path):
+    """It is renamed into its place: a device or pipe would be gone, and a link no link any more."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(argparse.ArgumentTypeError, match="pipe is no plain file"):
+            sample.new_file(str(tmp_path / name))
+    (tmp_path / "other").symlink_to(tmp_path / "file")
+    assert sample.new_file(str(tmp_path / "other")) == tmp_path / "file"
+
+
 @pytest.mark.parametrize("program, flags, message", [
     *((program, flags, message) for program in ("sample", "judge") for flags, message in (
         ("--limit 0", "--limit: must be at least 1"), ("--n -1", "--n: must be at least 1"),
         ("--max-new-tokens 0", "--max-new-tokens: must be at least 1"), ("--seed -1", "--seed: must be at"),
-        ("--out .", "--out: . is a folder"), ("--out no/x", "--out: the folder no does not exist"))),
+        ("--out .", " is a folder"), ("--out no/x", "/no does not exist"))),
     ("sample", "--max-rows 0", "--max-rows: must be at least 1"), ("sample", "--n 2 --k 4", "and --n 2, got"),
     ("sample", "--n 2 --limit 2 --temperature -1", "temperature must be 0 or at least"),
     ("judge", "--n 2 --limit 2 --temperature -1", "temperature must be 0 or at least"),
