@@ -36,6 +36,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -182,11 +183,12 @@ TRAINING = "training problems"
 
 class Stop(Exception):
     """Ends a run in order: the last completed step is saved, `records` of an unfinished one too, and the
-    message shown. by: the number of the signal that asked for it, if one did."""
+    message shown. by: the number of the signal that asked for it, if one did. broken: the weights are of no
+    use, and are not saved."""
 
-    def __init__(self, message: str, records: list[dict] = (), by: int | None = None):
+    def __init__(self, message: str, records: list[dict] = (), by: int | None = None, broken: bool = False):
         super().__init__(message)
-        self.records, self.by = records, by
+        self.records, self.by, self.broken = records, by, broken
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -258,9 +260,12 @@ def sample_traces(state: "State", settings: Settings, step: int, places: list[in
     rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
                                     seed=settings.seed << 32 | step, places=places)
     if any(math.isnan(sum(r.logprobs)) for r in rollouts):
-        raise Stop("the policy's log-probs are not finite, so its weights are not: start again from an older "
-                   "checkpoint (--model CHECKPOINT) with a lower --lr")
+        raise Stop(BROKEN, broken=True)
     return Traces.of(state.policy, [p for p in problems for _ in range(settings.group)], rollouts)
+
+
+BROKEN = ("the policy's log-probs are not finite: its weights were spoilt by an update. The newest "
+          "checkpoint is sound: go on from it with a lower --lr")
 
 
 def trace_metrics(settings: Settings, records: list[dict]) -> dict:
@@ -812,10 +817,20 @@ def load_state(settings: Settings, weights: str | None) -> State:
                       cache_gb=room if judge_device == device else settings.cache_gb or None)
         if not grader.prompts and (others := sorted({p.domain for p in train}.difference(DOMAINS))):
             print(f"judge.DOMAINS has no entry for {', '.join(others)}: graded as math", file=sys.stderr)
-        judge.check_view(settings.step_view if settings.method == "process" else "outcome")
+        judge.check_view(view := settings.step_view if settings.method == "process" else "outcome")
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
+    if judge:
+        train = leave_out(train, [p for p in train if not judge.has_room(shown[p.id], view)],
+                          "a question and reference too long for the judge's context",
+                          "take another --judge", TRAINING)
     return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows, room), judge,
                  reference and reference.model, train, shown, held_out, device, dtype)
+
+
+def require_sound(state: State) -> None:
+    """Before weights are evaluated or saved: do they still give numbers?"""
+    if not state.sampler.next_logits([state.policy.chat(state.train[0].question)], [0]).isfinite().all():
+        raise Stop(BROKEN, broken=True)
 
 
 def cache_room(model, device: str) -> float | None:
@@ -863,6 +878,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     target = run / "checkpoints" / f"step_{state.step}"
     if target.exists():
         return
+    require_sound(state)
     state.phase = "saving"
     state.interrupts.defer()  # a signal waits for the save it asks for
     tmp = target.with_name(target.name + ".tmp")
@@ -1149,7 +1165,7 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
             for torn in run.glob("checkpoints/*.tmp"):
                 shutil.rmtree(torn)
             for path in (metrics_file, rollouts_file):
-                write_atomically(path, jsonl([r for r in read_jsonl(path) if r["step"] <= state.step]))
+                write_atomically(path, (jsonl([r]) for r in each_record(path) if r["step"] <= state.step))
     logged = read_jsonl(metrics_file)
     evaluated = {m["step"] for m in logged if "accuracy" not in m}
     history = [m for m in logged if "accuracy" in m]
@@ -1192,7 +1208,8 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
             if isinstance(error, Stop) and error.records:
                 append(rollouts_file, error.records)
             # Are the weights those of the last completed step? All processes raise a Stop, and only that.
-            if state.step and (not state.interrupts.deferred if ranks() == 1 else isinstance(error, Stop)):
+            whole = not state.interrupts.deferred if ranks() == 1 else isinstance(error, Stop)
+            if state.step and whole and not getattr(error, "broken", False):
                 save_checkpoint(state, run, settings)
             raise
 
@@ -1214,6 +1231,7 @@ def check_judge(state: State, settings: Settings, bar) -> None:
 
 def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     """pass@k on the held-out problems -> a line of metrics.jsonl, the traces into evaluations/."""
+    require_sound(state)
     state.phase = "evaluating"
     # Always the same noise: before and after differ by the weights alone.
     places, start = share(len(state.held_out)), time.perf_counter()
@@ -1281,7 +1299,9 @@ def closing_table(run: Path, settings: Settings) -> str:
     # a resumed run may evaluate on other problems, or for other k, than it began with
     after = evaluations[-1]
     before = next(m for m in evaluations if m.get("held_out") == after.get("held_out"))
-    ks = [k for k in settings.eval_k if f"pass@{k}" in before.keys() & after.keys()]
+    ks = [k for k in sorted(set(settings.eval_k)) if f"pass@{k}" in before.keys() & after.keys()]
+    if not ks:
+        return ""
     rows = [f"{'held-out problems':20s}" + "".join(f"{f'pass@{k}':>10s}  {'95% interval':16s}" for k in ks)]
     for name, m in (("before", before), ("after", after))[before is after :]:
         cells = (f"{m[f'pass@{k}']:10.1%}  {m[f'pass@{k}_low']:6.1%} ..{m[f'pass@{k}_high']:6.1%} "
@@ -1315,14 +1335,25 @@ def peak_gb(device: str) -> float:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """A line that no newline ends was torn by a kill, and is left out."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    return list(each_record(path))
+
+
+def each_record(path: Path):
+    """One at a time: a long run's traces are gigabytes. A line that no newline ends was torn by a kill, and
+    is left out."""
+    with open(path, "rb") if path.exists() else nullcontext(()) as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise SystemExit(f"{path}:{number}: damaged ({error}): delete that line") from error
 
 
 def append(path: Path, records: list[dict]) -> None:
     if rank():
         return
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(jsonl(records))
 
 
@@ -1393,6 +1424,10 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     parser = command_line()
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
+    for name in ("model", "judge", "data", "eval_data"):
+        if name in given:
+            spec = given[name]
+            given[name] = anywhere(spec) if isinstance(spec, str) else list(map(anywhere, spec))
     if resume:
         config = resume / "config.json"  # a model's folder has one, too
         base = json.loads(config.read_text()).get("settings") if config.exists() else None
@@ -1409,6 +1444,9 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
         values = PRESETS.get(named, {"": {}})
         method = given.get("method", values[""].get("method", Settings.method))
         base = METHOD_DEFAULTS.get(method, {}) | values[""] | values.get(method, {})
+        base = {name: v for name, v in base.items() if method not in IGNORED_BY.get(name, ())}
+        if method == "process" and "outcome_domains" not in given:
+            base.pop("norm", None)
         if preset:
             shown = ", ".join(f"{name} {value}" for name, value in base.items())
             print(f"preset {preset}, {method}: {shown}", file=sys.stderr)
@@ -1424,6 +1462,17 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
         if wrong:
             parser.error(message)
     return replace(settings, judge=settings.judge or settings.model), resume
+
+
+def anywhere(spec: str) -> str:
+    """With the absolute path of what lies here, if anything does: --resume may be called from elsewhere.
+    For a model, or for data: [DOMAIN=]FILE, or FOLDER[:CONFIG[:SPLIT]]."""
+    domain, equals, rest = spec.partition("=")
+    if not equals or Path(spec).exists():
+        domain, equals, rest = "", "", spec
+    source, colon, more = rest.partition(":")
+    path = Path(source).expanduser()
+    return f"{domain}{equals}{path.absolute()}{colon}{more}" if source and path.exists() else spec
 
 
 def flag(name: str) -> str:
@@ -1449,7 +1498,8 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          f"--step-credit has no effect under --process-norm {s.process_norm}"),
         (s.log == "tensorboard" and not importlib.util.find_spec("tensorboard"),
          "--log tensorboard needs a package that is not installed: pip install tensorboard"),
-        (s.group < 2 and s.method not in ("sft", "distill"),
+        (s.group < 2 and s.method not in ("sft", "distill") and not (
+            s.method == "process" and s.process_norm in ("delta", "end") and not s.outcome_domains),
          "--group must be at least 2: a trace is compared with the others of its problem"),
         (s.updates > 1 and s.method in ("sft", "distill"),
          f"--method {s.method} has no ratio to clip: --updates must be 1"),
@@ -1558,11 +1608,21 @@ def dry_run(settings: Settings) -> None:
     state.sampling.generation_config.eos_token_id = -1
     for parameter in state.policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer_step(state, settings, 0.0)
     forced = replace(settings, overlong="judge", max_unread=1.0, entropy_bonus=settings.entropy_bonus or 1e-9)
-    metrics, _ = train_step(state, forced, 1)
+    try:
+        optimizer_step(state, settings, 0.0)
+        metrics, _ = train_step(state, forced, 1)
+    except Exception as error:
+        give_up(error, explain(error, state.phase))
     print(f"measured{'' if state.device.startswith('cuda') else ', libraries included'}: "
           f"{metrics['peak_gb']:.2f} GB, {metrics['seconds']:.0f} s")
+
+
+def give_up(error: Exception, message: str) -> None:
+    if ranks() > 1:  # others may wait for this one in an update: say it here, and end at once
+        print(message, file=sys.__stderr__, flush=True)
+        os._exit(1)
+    raise SystemExit(message) from error
 
 
 def main(argv=None) -> None:
@@ -1575,6 +1635,8 @@ def main(argv=None) -> None:
         run, state = (resume, resume_run(resume, settings)) if resume else start_run(settings)
     except Stop as stop:
         raise SystemExit(str(stop) if rank() == 0 else 1) from stop
+    except Exception as error:
+        give_up(error, explain(error))
     config = {"settings": dataclasses.asdict(settings), "train_fingerprint": fingerprint(state.train),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
     if rank() == 0 and state.step < settings.steps:  # else nothing will be done with these settings
@@ -1587,7 +1649,8 @@ def main(argv=None) -> None:
           + ("references" if settings.method == "sft" else f"x {settings.group} traces") + " a step, "
           + (f"{ranks()} processes, " if ranks() > 1 else "")
           + f"{state.device} {str(state.dtype)[6:]}; run {run}")
-    go_on = f"to go on: {'torchrun ... ' if ranks() > 1 else 'python '}exprl.py --resume {run}"
+    go_on = (f"to go on: {'torchrun ... ' if ranks() > 1 else 'python '}exprl.py --resume "
+             f"{shlex.quote(str(run))}")
     try:
         run_training(state, settings, run)
     except Stop as stop:
@@ -1595,11 +1658,10 @@ def main(argv=None) -> None:
         # a signal's own exit status, so that a script does not go on with what comes next
         raise SystemExit(1 if stop.by is None else 128 + stop.by if ranks() == 1 else 0) from stop
     except Exception as error:
-        message = f"{explain(error, state.phase)}\n{go_on}"
-        if ranks() > 1:  # others may wait for this one in an update: say it here, and end at once
-            print(message, file=sys.__stderr__, flush=True)
-            os._exit(1)
-        raise SystemExit(message) from error
+        if isinstance(error, Refused) and not resume and rank() == 0 and not read_jsonl(run / "metrics.jsonl"):
+            shutil.rmtree(run)  # nothing was done yet, and the same flags would be refused again
+            go_on = "nothing was begun"
+        give_up(error, f"{explain(error, state.phase)}\n{go_on}")
     finally:
         if state.lock:
             state.lock.close()
@@ -1611,9 +1673,9 @@ def main(argv=None) -> None:
         print("next: on a real model:                           "
               "python exprl.py --model Qwen2.5-0.5B-Instruct")
     else:
-        print(f"next: python sample.py --model {run / 'model'} --data YOUR_TEST_SET --n 16 --temperature "
-              f"{settings.temperature} --max-new-tokens {settings.max_new_tokens} --max-prompt-tokens "
-              f"{settings.max_prompt_tokens}")
+        print(f"next: python sample.py --model {shlex.quote(str(run / 'model'))} --data YOUR_TEST_SET --n 16 "
+              f"--temperature {settings.temperature} --max-new-tokens {settings.max_new_tokens} "
+              f"--max-prompt-tokens {settings.max_prompt_tokens}")
 
 
 if __name__ == "__main__":

@@ -316,6 +316,20 @@ class Judge:
         asked = [(behind + self.encode(stem), self.quote(text)) for stem, text in targets]
         return before, asked, targets[0][0] == CONCLUSION
 
+    @property
+    def room(self) -> float:
+        """Tokens of a prompt with its trace, and what is read behind them."""
+        return context_of(self.model) - (self.reply_tokens + len(self.stem) if self.replies else 0)
+
+    def has_room(self, problem: Problem, view: str = "outcome") -> bool:
+        """For the problem and at least a token of a trace?"""
+        fixed = max(sum(map(len, pieces)) for pieces in [self.conclude, *self.fixed[view].values()])
+        size = [len(text.encode()) for text in (problem.question, problem.solution, problem.answer)]
+        if fixed + size[0] + 2 * size[1] + size[2] + 64 < self.room:
+            return True  # a token has at least one byte: most problems need no tokenizing
+        before, asked, _ = self.questions(problem, view)
+        return len(before) + max(len(suffix) + len(target) for suffix, target in asked) < self.room
+
     def grade(self, problems: list[Problem], traces: list, view: str = "outcome") -> list[Verdict]:
         """One Verdict per trace; problems[i] belongs to traces[i], traces of one problem stand together.
 
@@ -324,8 +338,7 @@ class Judge:
         if len(problems) != len(traces):
             raise ValueError(f"{len(problems)} problems for {len(traces)} traces: give one for each")
         self.check_view(view)
-        limit = context_of(self.model)
-        room = limit - (self.reply_tokens + len(self.stem) if self.replies else 0)
+        limit, room = context_of(self.model), self.room
         steps = [[trace] for trace in traces] if view == "outcome" else traces
         known = {problem: self.questions(problem, view) for problem in set(problems)}
         sought, graded = [], []  # passes for targets, and for digits or replies

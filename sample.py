@@ -839,8 +839,8 @@ class Sampler:
             ids = token[:, None]
 
     def prefill(self, cache: Cache, pieces: list[Piece], store=None) -> None:
-        """Fill pages in passes of about `prefill_tokens`; then store(hidden (reads,d), rows): tensors. Nothing
-        here waits for a GPU, which computes a pass while the host lays out the next."""
+        """Fill pages in passes of about `prefill_tokens`; then store(hidden (reads,d), rows): tensors.
+        Nothing here waits for a GPU, which computes a pass while the host lays out the next."""
         device = self.model.device
         while pieces:
             sizes = np.cumsum([len(piece.ids) for piece in pieces])
@@ -1274,10 +1274,11 @@ def jsonl(records: list[dict]) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text) -> None:
+    """text: a str, or several to be written one by one."""
     tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w") as file:
-        file.write(text)
+    with open(tmp, "w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     tmp.replace(path)

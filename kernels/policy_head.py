@@ -21,6 +21,7 @@ that function, and on CUDA its twin in row_loss_kernel (or have torch_row_loss_ 
 Left out: what token_logprob.py leaves out; a second backward through the same loss.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,8 @@ def token_loss(logp, entropy, advantages, old_logp=None, ref_logp=None, clip_low
     ratio = (logp - (logp.detach() if old_logp is None else old_logp)).clamp(-20, 20).exp()
     plain = -advantages * ratio
     loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
-    clipped = loss > plain
-    loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    bound = torch.where(advantages < 0, -dual_clip * advantages, math.inf)
+    clipped, loss = (loss > plain) | (loss > bound), torch.minimum(loss, bound)
     k3 = torch.zeros_like(loss)
     if ref_logp is not None:
         d = (ref_logp - logp).clamp(-20, 20)
@@ -165,7 +166,8 @@ if triton is not None:
         loss = tl.where(clipped, bounded, loss)
         dual = (advantage < 0) & (loss > -dual_clip * advantage)
         loss = tl.where(dual, -dual_clip * advantage, loss)
-        g = tl.where(clipped | dual, 0.0, g)
+        clipped = clipped | dual
+        g = tl.where(clipped, 0.0, g)
         k3 = 0.0
         if ref_ptr is not None:
             d = clamp(tl.load(ref_ptr + row) - logp, -20.0, 20.0)

@@ -60,6 +60,55 @@ def test_weights_that_are_not_finite_end_the_run(world):
         exprl.sample_traces(state, settings, 1, [0])
 
 
+def test_spoilt_weights_are_neither_evaluated_nor_saved(world, tmp_path):
+    """By whatever update: the newest checkpoint stays sound, and --resume goes on from it."""
+    run, flags = tmp_path / "run", [*map(str, flags_of_whole(world))]
+    first = [*flags, "--keep", "1", "--save-every", "1", "--eval-every", "1", "--steps", "2"]
+    exprl.main([*first, "--out", str(run)])
+    with pytest.raises(SystemExit, match="1"):
+        exprl.main(["--resume", str(run), "--steps", "4", "--lr", "1e30"])
+    assert [path.name for path in exprl.complete_checkpoints(run)] == ["step_2"]
+    lines = exprl.read_jsonl(run / "metrics.jsonl")
+    assert [m["step"] for m in lines if "pass@1" in m] == [0, 1, 2] and lines[-1]["step"] == 3
+    exprl.main(["--resume", str(run), "--steps", "4", "--lr", "1e-3"])
+    assert [path.name for path in exprl.complete_checkpoints(run)] == ["step_4"]
+
+
+def test_a_damaged_line_of_a_log_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nabc\n{"step": 2}\n')
+    with pytest.raises(SystemExit, match="metrics.jsonl:2: damaged"):
+        exprl.read_jsonl(path)
+
+
+def test_a_run_is_resumed_from_anywhere(world, tmp_path, monkeypatch):
+    home, flags = world
+    monkeypatch.chdir(home)
+    settings, _ = exprl.parse([*flags, "--model", "policy", "--data", "train.jsonl", "science=eval.jsonl"])
+    assert settings.model == str(home / "policy")
+    assert settings.data == (str(home / "train.jsonl"), f"science={home / 'eval.jsonl'}")
+    settings, _ = exprl.parse(["--model", "Qwen2.5-1.5B", "--data", "openai/gsm8k:main:train"])
+    assert (settings.model, settings.data) == ("Qwen2.5-1.5B", ("openai/gsm8k:main:train",))
+
+
+def test_problems_that_the_judge_cannot_read_are_left_out(world, tmp_path, capsys):
+    home, flags = world
+    rows = [json.loads(line) for line in (home / "train.jsonl").read_text().split("\n")[:-1]]
+    rows[2]["solution"] = "x " * 3000 + rows[2]["solution"]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    state, _ = build(world, "--data", tmp_path / "long.jsonl")
+    assert len(state.train) == len(rows) - 1 and "too long for the judge's context" in capsys.readouterr().err
+
+
+def test_what_never_began_leaves_no_folder(world, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match="(?s)raise --cache-gb.*nothing was begun"):
+        exprl.main([*world[1], "--cache-gb", "1e-7", "--out", str(run)])
+    assert not run.exists()
+    with pytest.raises(SystemExit, match="raise --cache-gb"):
+        exprl.main([*world[1], "--cache-gb", "1e-7", "--dry-run"])
+
+
 def test_batches_are_a_function_of_seed_and_step_and_straddle_epochs():
     problems = [Problem(f"p/{i}", "q", "s", "a", "math") for i in range(7)]
     s = Settings(questions=3, seed=5)
@@ -112,6 +161,14 @@ def made_up_batch(state, settings, grades):
 
 
 GRADES = [0.0, 1.0, 0.25, 0.5, math.nan, 0.2, 0.9, 0.3, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_preset_s_own_values_are_not_blamed_on_the_user(world, capsys):
+    exprl.parse([*world[1], "--preset", "paper-stage2", "--method", "process"])
+    with pytest.raises(SystemExit):
+        exprl.parse([*world[1], "--preset", "paper-stage2", "--method", "process", "--norm", "mean"])
+    assert "--norm has no effect under --method process" in capsys.readouterr().err
+    exprl.parse([*world[1], "--method", "process", "--group", "1"])  # a step is compared with the next
 
 
 def test_gradient_does_not_depend_on_microbatches_and_matches_the_plain_loss(world):

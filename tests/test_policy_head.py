@@ -114,7 +114,7 @@ def test_loss_by_hand():
     loss, k3, clipped = head.token_loss(ratio.log(), ratio, advantages, torch.zeros(6))
     # -A r | bounded at 1.28 | -A r | -A r | at 0.8 | dual clip: 3 * 2, not 10
     assert loss.tolist() == pytest.approx([-2.0, -2.56, -1.0, 3.0, 1.6, 6.0])
-    assert clipped.tolist() == [False, True, False, False, True, False] and not k3.any()
+    assert clipped.tolist() == [False, True, False, False, True, True] and not k3.any()
     logp, entropy, ref = torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([-1.5])
     loss, k3, _ = head.token_loss(logp, entropy, torch.zeros(1), logp, ref, kl=0.5, entropy_weight=0.1)
     assert k3.item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
