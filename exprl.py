@@ -260,12 +260,14 @@ def sample_traces(state: "State", settings: Settings, step: int, places: list[in
     rollouts = state.sampler.sample(prompts, settings.group, settings.max_new_tokens, settings.temperature,
                                     seed=settings.seed << 32 | step, places=places)
     if any(math.isnan(sum(r.logprobs)) for r in rollouts):
-        raise Stop(BROKEN, broken=True)
+        raise broken(state)
     return Traces.of(state.policy, [p for p in problems for _ in range(settings.group)], rollouts)
 
 
-BROKEN = ("the policy's log-probs are not finite: its weights were spoilt by an update. The newest "
-          "checkpoint is sound: go on from it with a lower --lr")
+def broken(state: "State") -> Stop:
+    return Stop("the policy's log-probs are not finite: " + (
+        "an update spoilt its weights, which are not saved: go on with a lower --lr" if state.step else
+        "look at the weights of --model, or try --dtype float32"), broken=True)
 
 
 def trace_metrics(settings: Settings, records: list[dict]) -> dict:
@@ -817,10 +819,13 @@ def load_state(settings: Settings, weights: str | None) -> State:
                       cache_gb=room if judge_device == device else settings.cache_gb or None)
         if not grader.prompts and (others := sorted({p.domain for p in train}.difference(DOMAINS))):
             print(f"judge.DOMAINS has no entry for {', '.join(others)}: graded as math", file=sys.stderr)
-        judge.check_view(view := settings.step_view if settings.method == "process" else "outcome")
+        whole_ones = domains if settings.method == "outcome" else settings.outcome_domains
+        views = {p.id: "outcome" if p.domain in whole_ones else settings.step_view for p in train}
+        for view in set(views.values()):
+            judge.check_view(view)
     shown = with_reference(train, settings.reference, judge.no_reference if judge else "", settings.seed)
     if judge:
-        train = leave_out(train, [p for p in train if not judge.has_room(shown[p.id], view)],
+        train = leave_out(train, [p for p in train if not judge.has_room(shown[p.id], views[p.id])],
                           "a question and reference too long for the judge's context",
                           "take another --judge", TRAINING)
     return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows, room), judge,
@@ -828,9 +833,12 @@ def load_state(settings: Settings, weights: str | None) -> State:
 
 
 def require_sound(state: State) -> None:
-    """Before weights are evaluated or saved: do they still give numbers?"""
-    if not state.sampler.next_logits([state.policy.chat(state.train[0].question)], [0]).isfinite().all():
-        raise Stop(BROKEN, broken=True)
+    """Before weights are saved or evaluated: do they still give numbers?"""
+    ids = torch.tensor([state.policy.chat(state.train[0].question)], device=state.device)
+    with state.amp():
+        logp = logprobs(state.sampling, ids, torch.ones_like(ids, dtype=torch.bool), 1.0)
+    if not logp.isfinite().all():
+        raise broken(state)
 
 
 def cache_room(model, device: str) -> float | None:
@@ -878,7 +886,6 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     target = run / "checkpoints" / f"step_{state.step}"
     if target.exists():
         return
-    require_sound(state)
     state.phase = "saving"
     state.interrupts.defer()  # a signal waits for the save it asks for
     tmp = target.with_name(target.name + ".tmp")
@@ -1052,7 +1059,8 @@ def together(state: "State | None" = None):
             state.interrupts.allow()
         yield
     except (Exception, SystemExit) as error:
-        said = Stop(explain(error, state.phase if state else "loading"), by=getattr(error, "by", None))
+        said = Stop(explain(error, state.phase if state else "loading"), by=getattr(error, "by", None),
+                    broken=getattr(error, "broken", False))
     if state:
         state.interrupts.defer()
     for stop in gather(said):
@@ -1182,10 +1190,16 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 check_judge(state, settings, bar)
             while True:
                 last = state.step == settings.steps
-                if state.step and (last or settings.save_every and state.step % settings.save_every == 0):
-                    save_checkpoint(state, run, settings)  # first: a kill while evaluating costs no step
-                due = state.step == 0 or last or settings.eval_every and state.step % settings.eval_every == 0
-                if state.held_out and due and state.step not in evaluated:
+                start = state.step == 0
+                save = not start and (last or settings.save_every and state.step % settings.save_every == 0)
+                due = start or last or settings.eval_every and state.step % settings.eval_every == 0
+                evaluate = state.held_out and due and state.step not in evaluated
+                if save or evaluate:
+                    with together(state):
+                        require_sound(state)
+                if save:  # first: a kill while evaluating costs no step
+                    save_checkpoint(state, run, settings)
+                if evaluate:
                     evaluation(state, settings, run, bar)
                 if last:
                     break
@@ -1208,8 +1222,8 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
             if isinstance(error, Stop) and error.records:
                 append(rollouts_file, error.records)
             # Are the weights those of the last completed step? All processes raise a Stop, and only that.
-            whole = not state.interrupts.deferred if ranks() == 1 else isinstance(error, Stop)
-            if state.step and whole and not getattr(error, "broken", False):
+            still = not state.interrupts.deferred if ranks() == 1 else isinstance(error, Stop)
+            if state.step and still and not (isinstance(error, Stop) and error.broken):
                 save_checkpoint(state, run, settings)
             raise
 
@@ -1231,7 +1245,6 @@ def check_judge(state: State, settings: Settings, bar) -> None:
 
 def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     """pass@k on the held-out problems -> a line of metrics.jsonl, the traces into evaluations/."""
-    require_sound(state)
     state.phase = "evaluating"
     # Always the same noise: before and after differ by the weights alone.
     places, start = share(len(state.held_out)), time.perf_counter()
@@ -1424,15 +1437,12 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     parser = command_line()
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
-    for name in ("model", "judge", "data", "eval_data"):
-        if name in given:
-            spec = given[name]
-            given[name] = anywhere(spec) if isinstance(spec, str) else list(map(anywhere, spec))
     if resume:
         config = resume / "config.json"  # a model's folder has one, too
         base = json.loads(config.read_text()).get("settings") if config.exists() else None
         if base is None:
             parser.error(f"--resume {resume}: no config.json of a run there; name a run's folder")
+        base, given = from_anywhere(base), from_anywhere(given)
         for name in ("model", "data", "seed", "questions", "group", "out", "method", *IGNORED_BY):
             if given.get(name, base[name]) != base[name]:
                 parser.error(f"--resume continues the same run: {flag(name)} cannot change")
@@ -1452,7 +1462,7 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
             print(f"preset {preset}, {method}: {shown}", file=sys.stderr)
         if named == "miniature" and "data" in given:
             base = base | {"eval_data": ()}
-    values = (base | given).items()  # JSON and argparse make lists
+    values = from_anywhere(base | given).items()  # JSON and argparse make lists
     settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
     if not settings.model:
         parser.error("--model is missing: this preset needs one")
@@ -1464,15 +1474,24 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     return replace(settings, judge=settings.judge or settings.model), resume
 
 
-def anywhere(spec: str) -> str:
-    """With the absolute path of what lies here, if anything does: --resume may be called from elsewhere.
-    For a model, or for data: [DOMAIN=]FILE, or FOLDER[:CONFIG[:SPLIT]]."""
-    domain, equals, rest = spec.partition("=")
-    if not equals or Path(spec).exists():
-        domain, equals, rest = "", "", spec
-    source, colon, more = rest.partition(":")
-    path = Path(source).expanduser()
-    return f"{domain}{equals}{path.absolute()}{colon}{more}" if source and path.exists() else spec
+def from_anywhere(values: dict) -> dict:
+    """With absolute paths of the models and data that lie here: --resume may be called from elsewhere."""
+    def model(name):
+        path = Path(name).expanduser()
+        found = any((path / place / "config.json").exists() for place in ("", "model"))
+        return str(path.absolute()) if name and found else name
+
+    def data(spec):  # [DOMAIN=]FILE, or FOLDER[:CONFIG[:SPLIT]]
+        domain, equals, rest = spec.partition("=")
+        if not equals or Path(spec).exists():
+            domain, equals, rest = "", "", spec
+        source, colon, more = rest.partition(":")
+        path = Path(source).expanduser()
+        return f"{domain}{equals}{path.absolute()}{colon}{more}" if source and path.exists() else spec
+
+    names = {name: model(values[name]) for name in ("model", "judge") if name in values}
+    return values | names | {name: list(map(data, values[name])) for name in ("data", "eval_data")
+                             if name in values}
 
 
 def flag(name: str) -> str:
@@ -1586,8 +1605,8 @@ def resume_run(run: Path, settings: Settings) -> State:
         restore(state, checkpoint)
     if fingerprint(state.train) != json.loads((run / "config.json").read_text())["train_fingerprint"]:
         raise SystemExit(f"the training data is not the one {run} was started with: restore it (and "
-                         "--max-prompt-tokens and --max-new-tokens, by which prompts are left out), or start "
-                         "a new run")
+                         "--max-prompt-tokens, --max-new-tokens, --judge and --readout, by which problems "
+                         "are left out), or start a new run")
     print(f"resuming {run} after step {state.step} of {settings.steps}")
     return state
 
@@ -1612,6 +1631,8 @@ def dry_run(settings: Settings) -> None:
     try:
         optimizer_step(state, settings, 0.0)
         metrics, _ = train_step(state, forced, 1)
+    except Stop:
+        raise
     except Exception as error:
         give_up(error, explain(error, state.phase))
     print(f"measured{'' if state.device.startswith('cuda') else ', libraries included'}: "
@@ -1658,8 +1679,10 @@ def main(argv=None) -> None:
         # a signal's own exit status, so that a script does not go on with what comes next
         raise SystemExit(1 if stop.by is None else 128 + stop.by if ranks() == 1 else 0) from stop
     except Exception as error:
-        if isinstance(error, Refused) and not resume and rank() == 0 and not read_jsonl(run / "metrics.jsonl"):
-            shutil.rmtree(run)  # nothing was done yet, and the same flags would be refused again
+        begun = resume or read_jsonl(run / "metrics.jsonl")
+        if isinstance(error, Refused) and not begun and rank() == 0:
+            state.lock.close()
+            shutil.rmtree(run, ignore_errors=True)  # nothing was done, and these flags are refused again
             go_on = "nothing was begun"
         give_up(error, f"{explain(error, state.phase)}\n{go_on}")
     finally:

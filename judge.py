@@ -735,7 +735,7 @@ def read_traces(path: str, problems: list[Problem]) -> list[dict]:
     known, records = {p.id: p for p in problems}, []
     hint = "write the file with sample.py --out, on the same --data"
     try:
-        lines = Path(path).read_text().split("\n")
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeError) as error:  # the latter has no strerror
         raise SystemExit(f"--traces {path}: {getattr(error, 'strerror', error)}: {hint}") from error
     for number, line in enumerate(lines, 1):

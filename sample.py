@@ -124,10 +124,16 @@ class LM:
     def turn_end(self) -> int | None:
         """The token that closes the answer in the chat template; the tokenizer's end token if none does."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
-        behind = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("the answer")[2]
-        first = self.tokenizer.encode(behind, add_special_tokens=False)[:1]
-        special = [t for t in first if t in self.tokenizer.all_special_ids]
-        return special[0] if special else self.tokenizer.eos_token_id
+        try:
+            shown = self.tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_OPTIONS)
+        except Exception:  # whatever a template raises that knows no answers
+            shown = ""
+        _, found, behind = shown.rpartition("the answer")
+        added = self.tokenizer.added_tokens_decoder
+        for token in self.tokenizer.encode(behind, add_special_tokens=False)[:1] if found else []:
+            if token in added and added[token].special:
+                return token
+        return self.tokenizer.eos_token_id
 
     def text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -148,7 +154,7 @@ class LM:
         self.tokenizer.save_pretrained(folder)
         for name in ("config.json", "tokenizer_config.json"):
             path = Path(folder) / name
-            path.write_text(json.dumps(with_older_names(json.loads(path.read_text())), indent=2) + "\n")
+            path.write_text(json.dumps(with_older_names(json.loads(path.read_bytes())), indent=2) + "\n")
         if self.prompts:
             (Path(folder) / "prompts.json").write_text(json.dumps(self.prompts, indent=1) + "\n")
 
@@ -1295,11 +1301,12 @@ def at_least(least: int):
 
 def new_file(text: str) -> Path:
     """The type of --out, so that it is looked at before the work: it is written at the end."""
-    path = Path(text).resolve()  # it is renamed into its place: not into that of a link
+    path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"{path} is no plain file: name one, or leave out --out")
+    path = path.resolve()  # it is renamed into its place: not into that of a link
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist: create it")
     return path

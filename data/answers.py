@@ -111,8 +111,10 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
         if ours is not None and _MIXED.search(_quoted(other)):
             return False  # math-verify would drop all but the first
     ours, theirs = _measured(gold), _measured(guess)
-    if ours is not None and theirs is not None and (ours[0] != theirs[0] or ours == theirs):
-        return ours == theirs  # else the same number, its units written differently
+    if ours is not None and theirs is not None:
+        (number, unit), (other, named) = ours, theirs
+        if number != other or unit == named or "" in (unit, named):
+            return number == other  # else the same number, its units written differently
     if bool(_RELATION.match(gold)) != bool(_RELATION.match(guess)):
         return False
     return _math_equal(gold, guess)

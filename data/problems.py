@@ -225,7 +225,7 @@ def _read_rows(file: Path):
                 raise BadRows(f"{file}: invalid JSON: {error}") from error
         if isinstance(rows, dict):  # {"version": 1, "data": [...]}, or a single row
             lists = [value for value in rows.values() if isinstance(value, list)]
-            rows = lists[0] if len(lists) == 1 and rows.keys().isdisjoint(COLUMNS) else [rows]
+            rows = lists[0] if len(lists) == 1 and rows.keys().isdisjoint(("question", "problem")) else [rows]
         if isinstance(rows, list):
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
             return

@@ -86,7 +86,7 @@ def test_extract_answer(text, answer):
     ("B", r"\textbf{B})"), ("B", r"(\text{B})."),
     ("even", r"\text{Even}"), ("Two Dogs", r"\textbf{two  dogs}"),
     (r"1.6 \times 10^{-19} \mathrm{J}", r"1.6e-19 \mathrm{J}"), ("5000000 dollars", "5 million dollars"),
-    ("10^6", "1,000,000"), (r"10^3\text{ kg}", r"1000\ \mathrm{kg}"), (r"\sqrt{10}", "10^{1/2}"),
+    ("5 million", "5 million dollars"), ("10^6", "1,000,000"), (r"10^3\text{ kg}", r"1000\ \mathrm{kg}"), (r"\sqrt{10}", "10^{1/2}"),
 ])
 def test_same_answer(gold, guess):
     assert is_correct(boxed(guess), gold)

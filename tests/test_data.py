@@ -171,6 +171,7 @@ def test_bom_crlf_and_line_separator(tmp_path):
 
 @pytest.mark.parametrize("text", [
     json.dumps([PLAIN, MATH]), json.dumps({"version": 1, "data": [PLAIN, MATH]}, indent=1),
+    json.dumps({"id": "set", "domain": "math", "rows": [PLAIN, MATH]}),
     json.dumps(PLAIN) + "\n" + json.dumps(MATH)])
 def test_json_layouts(tmp_path, text):
     (tmp_path / "a.json").write_text(text)

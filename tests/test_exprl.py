@@ -87,6 +87,7 @@ def test_a_run_is_resumed_from_anywhere(world, tmp_path, monkeypatch):
     settings, _ = exprl.parse([*flags, "--model", "policy", "--data", "train.jsonl", "science=eval.jsonl"])
     assert settings.model == str(home / "policy")
     assert settings.data == (str(home / "train.jsonl"), f"science={home / 'eval.jsonl'}")
+    (home / "Qwen2.5-1.5B").mkdir()  # no model's folder
     settings, _ = exprl.parse(["--model", "Qwen2.5-1.5B", "--data", "openai/gsm8k:main:train"])
     assert (settings.model, settings.data) == ("Qwen2.5-1.5B", ("openai/gsm8k:main:train",))
 

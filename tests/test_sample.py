@@ -460,6 +460,7 @@ def test_a_base_model_ends_its_turn(tmp_path):
     assert sample.end_tokens(sample.load_lm(str(tmp_path / "again")).model) == [256]
     tokenizer = tiny.tokenizer()
     for template, end in ((tiny.TEMPLATE.replace("<|end|>", ""), 256), (tiny.TEMPLATE, 256),
+                          ("<|user|>", 256), ("{{ raise_exception('no answers') }}", 256),
                           (tiny.TEMPLATE.replace("<|end|>", "<|user|>\n"), 258)):
         tokenizer.chat_template = template
         assert sample.LM("", lm.model, tokenizer).turn_end == end
@@ -640,7 +641,7 @@ def test_out_is_a_plain_file_or_a_link_to_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name in ("pipe", "link"):
-        with pytest.raises(argparse.ArgumentTypeError, match="pipe is no plain file"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no plain file"):
             sample.new_file(str(tmp_path / name))
     (tmp_path / "other").symlink_to(tmp_path / "file")
     assert sample.new_file(str(tmp_path / "other")) == tmp_path / "file"
