@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernels.token_logprob import CHUNK_BYTES, fast_dtype  # noqa: E402
+from kernels.token_logprob import chunk_rows, fast_dtype  # noqa: E402
 from sample import head_size  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402  behind sample: see the note there
 
@@ -64,7 +64,7 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     else:
         activations = layers * layer + layer // 2
     tokens = rows_at_once * settings.max_new_tokens
-    head = min(CHUNK_BYTES[device], tokens * V * product.itemsize)
+    head = V * product.itemsize * chunk_rows(tokens, V, product.itemsize, device)
     head += V * d * (4 + (b if product != torch.float32 else 0)) + 2 * tokens * d * b
     # autocast keeps low-precision weights for the backward; FSDP gathers embedding, head, a layer at a time
     gathered = 0
