@@ -23,11 +23,13 @@ Left out: several GPUs, speculation, pages kept between calls. It knows nothing 
 """
 
 import argparse
+import datetime
 import heapq
 import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -71,9 +73,8 @@ SYSTEM_PROMPT = (
     "Solve the problem step by step. Open every step with a line that starts with ### and says what the step "
     "does, then carry it out below. When you are done, state the final answer inside \\boxed{}."
 )
-# Read by some chat templates: Qwen3's would let it think first, Llama 3's put today's date into every prompt,
-# so that a run resumed tomorrow would go on with other prompts.
-TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+TEMPLATE_OPTIONS = {"enable_thinking": False}  # read by some chat templates, Qwen3's: it would think first
+DAY = datetime.date(2024, 7, 26)  # what templates are told that ask for today's date
 FAMILIES = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama-": "meta-llama", "meta-llama-": "meta-llama"}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # full attention in every layer, plain linear head
 PAGE = 32  # tokens. On a CPU 32 to 128 cost the same, 16 a third more; small pages waste less and share more
@@ -218,9 +219,18 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     if tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template: ExpRL prompts a model as a chat; "
                          "take its instruct version")
+    # Llama 3, SmolLM3, Granite: a run resumed tomorrow would go on with other prompts, and so would its model
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = re.sub(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""",
+                                         lambda m: repr(DAY.strftime(m[2])), tokenizer.chat_template)
     prompts_file = Path(path) / "prompts.json"
     prompts = json.loads(prompts_file.read_text()) if prompts_file.exists() else {}
     lm = LM(path, model.to(device).eval(), tokenizer, prompts)
+    try:
+        lm.chat("question")
+    except Exception as error:  # whatever a template raises
+        raise SystemExit(f"{path}: its chat template takes no system prompt with a question ({error}): choose "
+                         "another model, or mend the template in a copy of its folder") from error
     # A base model (Qwen2.5-1.5B) names the end of a document only. Prompted as a chat it closes its turn with
     # another token, and would go on with the user's next turn, and answer that.
     ends = end_tokens(model)

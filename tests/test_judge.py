@@ -12,7 +12,7 @@ import torch
 import judge as judge_module
 from data import Problem
 from judge import DOMAINS, READOUTS, Judge, checkpoints, closeness, gain, read_grade, with_reference
-from sample import LM
+from sample import load_lm
 
 PROBLEM = Problem("p/1", "What is 2 + 2?", "Two and two make \\boxed{4}.", "4", "math")
 HOSTILE = [
@@ -56,14 +56,28 @@ def test_defusing_fences_takes_no_time(judge):
     assert time.perf_counter() - start < 10
 
 
-def test_prompts_do_not_depend_on_the_day():
-    """Llama 3's template asks for the date unless it is given one."""
-    tokenizer, net = tiny.tokenizer(), tiny.model()
-    date = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-    tokenizer.chat_template = date + "{{ date_string }}" + tiny.TEMPLATE
-    asked = LM("", net, tokenizer).chat(PROBLEM.question)
-    shared, _ = Judge(net, tokenizer, readout="expected").prompt(PROBLEM)
-    assert all(tokenizer.decode(ids).startswith("26 Jul 2024<|system|>") for ids in (asked, shared))
+@pytest.mark.parametrize("asks", [
+    # Llama 3, SmolLM3
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}",
+    '{%- set date_string = strftime_now( "%d %b %Y" ) -%}'])
+def test_prompts_do_not_depend_on_the_day(tmp_path, asks):
+    """Neither do those of the model that a run leaves."""
+    folder = tiny.save(tmp_path / "lm")
+    (folder / "chat_template.jinja").write_text(asks + "{{ date_string }}" + tiny.TEMPLATE)
+    lm = load_lm(str(folder))
+    lm.save(tmp_path / "saved")
+    for lm in (lm, load_lm(str(tmp_path / "saved"))):
+        shared, _ = Judge(lm.model, lm.tokenizer, readout="expected").prompt(PROBLEM)
+        for ids in (lm.chat(PROBLEM.question), shared):
+            assert lm.tokenizer.decode(ids).startswith("26 Jul 2024<|system|>")
+
+
+def test_a_template_that_refuses_a_system_prompt_is_named(tmp_path):
+    folder = tiny.save(tmp_path / "lm")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refusal + tiny.TEMPLATE)
+    with pytest.raises(SystemExit, match="no system prompt .*no system role"):
+        load_lm(str(folder))
 
 
 def test_a_question_cannot_either(judge):
