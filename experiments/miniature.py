@@ -71,12 +71,8 @@ METHODS = {  # name -> what differs from `python exprl.py`
     "process-likelihood": ["--method", "process", *LIKELIHOOD],
     "process-likelihood-step-mean": ["--method", "process", *LIKELIHOOD, "--process-norm", "step-mean"],
     # near the start: what does it keep of what it could do, at lower temperatures, too?
-    "outcome-kl-0.03": ["--method", "outcome", "--kl", "0.03"],
-    "outcome-kl-0.1": ["--method", "outcome", "--kl", "0.1"],
-    "outcome-kl-0.3": ["--method", "outcome", "--kl", "0.3"],
-    "grpo-kl-0.1": ["--method", "grpo", "--kl", "0.1"],
-    "distill-kl-0.1": ["--method", "distill", "--kl", "0.1"],
-    "process-kl-0.1": ["--method", "process", "--kl", "0.1"],
+    **{f"{method}-kl-{kl}": ["--method", method, "--kl", kl]
+       for method in ("outcome", "grpo", "distill", "process") for kl in ("0.03", "0.1", "0.3")},
     # a trace cut off loses its last step's grade, instead of being in no loss
     "process-overlong-last": ["--method", "process", "--overlong", "last"],
     "outcome-no-reference": ["--method", "outcome", "--reference", "none"],
