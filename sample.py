@@ -223,14 +223,15 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = re.sub(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""",
                                          lambda m: repr(DAY.strftime(m[2])), tokenizer.chat_template)
+    asked = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "question"}]
+    try:
+        tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, **TEMPLATE_OPTIONS)
+    except Exception as error:  # whatever a template raises
+        raise SystemExit(f"{path}: its chat template takes no system prompt with a question ({error}): "
+                         "choose another model, or mend the template in a copy of its folder") from error
     prompts_file = Path(path) / "prompts.json"
     prompts = json.loads(prompts_file.read_text()) if prompts_file.exists() else {}
     lm = LM(path, model.to(device).eval(), tokenizer, prompts)
-    try:
-        lm.chat("question")
-    except Exception as error:  # whatever a template raises
-        raise SystemExit(f"{path}: its chat template takes no system prompt with a question ({error}): choose "
-                         "another model, or mend the template in a copy of its folder") from error
     # A base model (Qwen2.5-1.5B) names the end of a document only. Prompted as a chat it closes its turn with
     # another token, and would go on with the user's next turn, and answer that.
     ends = end_tokens(model)

@@ -1,5 +1,6 @@
 """The judge: prompt structure that no trace can change, domains, the four readouts, unread grades."""
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -78,6 +79,17 @@ def test_a_template_that_refuses_a_system_prompt_is_named(tmp_path):
     (folder / "chat_template.jinja").write_text(refusal + tiny.TEMPLATE)
     with pytest.raises(SystemExit, match="no system prompt .*no system role"):
         load_lm(str(folder))
+
+
+def test_a_judge_with_prompts_of_its_own_is_loaded_whatever_its_template_does_with_them(tmp_path):
+    """Its system prompts are by view: no text to be joined with others, as Qwen's template does."""
+    folder = tiny.save(tmp_path / "lm")
+    joined = "{% set start = '<|system|>' + messages[0].content %}"
+    (folder / "chat_template.jinja").write_text(joined + tiny.TEMPLATE)
+    own = {"system": {"outcome": "grade"}, "user": judge_module.USER}
+    (folder / "prompts.json").write_text(json.dumps(own))
+    lm = load_lm(str(folder))
+    assert set(Judge(lm.model, lm.tokenizer, lm.prompts, "expected").fixed) == {"outcome"}
 
 
 def test_a_question_cannot_either(judge):
