@@ -114,7 +114,7 @@ def train(args, name: str, flags: list, seed: int, lr: float, steps: int) -> Pat
         questions = args.questions * (8 if "sft" in flags else 1)  # references, as many as others' traces
         seconds = job(args.out / "logs" / f"{name}.log", "exprl.py", "--preset", "miniature", *flags,
                       "--seed", seed, "--lr", lr, "--steps", steps, "--questions", questions,
-                      "--eval-limit", 0, "--show-every", 0, "--out", run)
+                      "--temperature", args.temperature, "--eval-limit", 0, "--show-every", 0, "--out", run)
         shutil.rmtree(run / "checkpoints")
         (run / "cpu_seconds").write_text(f"{seconds:.1f}\n")
     return run
@@ -177,7 +177,8 @@ def measure(args, stage: str, method: str, seed: int, lr: float, run: Path | Non
     if not traces.exists():
         job(args.out / "logs" / f"{traces.stem}.log", "sample.py", "--model",
             run / "model" if run else FOLDER / "policy", "--data", *files, "--n", max(KS),
-            "--max-new-tokens", tokens(args) + 32, "--seed", seed, "--max-rows", 400, "--out", traces)
+            "--max-new-tokens", tokens(args) + 32, "--temperature", args.temperature, "--seed", seed,
+            "--max-rows", 400, "--out", traces)
     if not kept.exists():
         by_id = {p.id: p for p in load_problems(files)}
         steps = len(read_jsonl(run / "metrics.jsonl")) if run else 0
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--deeper", type=int, nargs="?", const=1, default=0, metavar="N",
                         help="train and tune on problems with N operations more per chain (without N: 1, as "
                              "`deep`)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of all sampling")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "comparison")
     if parser.parse_args().quick:
@@ -264,7 +266,7 @@ def main() -> None:
     for folder in ("runs", "evaluations", "judges", "logs", "problems"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(args, name) for name in ("steps", "steps2", "questions", "problems")
-             if getattr(args, name)} | {"deeper": args.deeper}
+             if getattr(args, name)} | {"deeper": args.deeper, "temperature": args.temperature}
     if "longer" in args.splits and not args.deeper:
         parser.error("--splits longer: problems as long as those of --deeper N, which is missing")
     config = args.out / "config.json"
