@@ -322,10 +322,23 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=PART
     fast = fast_dtype(torch.bfloat16, device.split(":")[0]) == torch.bfloat16
     dtypes = dtypes or (("bfloat16", "float32") if fast else ("float32", "bfloat16"))
     lines = []
+    out.parent.mkdir(parents=True, exist_ok=True)
 
     def add(dtype, found):
+        """Each line goes into the file at once: a bench that is stopped keeps what it has measured."""
         for line in found:
-            lines.append(dict(what=line.pop("what"), by=line.pop("by"), dtype=dtype) | line)
+            line = dict(what=line.pop("what"), by=line.pop("by"), dtype=dtype) | line
+            lines.append(line.copy())
+            for kind in ("wall", "cpu"):
+                line[f"per_{kind}_second"] = f"{line['useful'] / line[kind]:.4g}" if line[kind] else ""
+                line[kind] = line[kind] and f"{line[kind]:.4g}"
+            print(f"{line['what']:26} {line['dtype']:9} {line['rows']:5} rows  {line['by']:44} "
+                  f"{line['per_wall_second']:>8} /s  {line['per_cpu_second']:>8} /CPU s", flush=True)
+            with open(out, "a", newline="") as file:
+                table = csv.DictWriter(file, [*line, *about], lineterminator="\n")
+                if not file.tell():
+                    table.writeheader()
+                table.writerow(line | about)
 
     for dtype in dtypes if {"sampling", "judging"} & set(what) or not device.startswith("cuda") else ():
         lm = load_lm(model, device, getattr(torch, dtype))
@@ -346,22 +359,10 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=PART
             add("bfloat16", ragged(net))
     if not lines:
         raise SystemExit("nothing was measured: judging wants --judge, ragged a GPU")
-    out.parent.mkdir(parents=True, exist_ok=True)
     step_lines = [line for line in lines if line["what"].startswith("decode step")]
     if step_lines:
         kind = "wall" if device.startswith("cuda") else "cpu"
         out.with_name(out.stem + "_steps.svg").write_text(figure(step_lines, kind))
-    for line in lines:
-        for kind in ("wall", "cpu"):
-            line[f"per_{kind}_second"] = f"{line['useful'] / line[kind]:.4g}" if line[kind] else ""
-            line[kind] = line[kind] and f"{line[kind]:.4g}"
-        print(f"{line['what']:26} {line['dtype']:9} {line['rows']:5} rows  {line['by']:44} "
-              f"{line['per_wall_second']:>8} /s  {line['per_cpu_second']:>8} /CPU s")
-    with open(out, "a", newline="") as file:
-        table = csv.DictWriter(file, [*lines[0], *about])
-        if not file.tell():
-            table.writeheader()
-        table.writerows(line | about for line in lines)
     print(f"appended to {out}")
 
 
