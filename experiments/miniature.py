@@ -84,7 +84,6 @@ METHODS = {  # name -> what differs from `python exprl.py`
 }
 PAPER = ["base", "sft", "grpo", "distill", "outcome", "process"]
 RATES = dict.fromkeys(PAPER[2:], (2e-4, 4e-4, 8e-4)) | {"sft": (3e-5, 1e-4, 3e-4)}
-STAGE2_RATE = 4e-4
 KS = (1, 2, 4, 8, 16)
 COLORS = dict(zip(PAPER, ("#777777", "#a6761d", "#d95f02", "#7570b3", "#1b9e77", "#1f78b4")))
 LOCK = threading.Lock()
@@ -214,6 +213,10 @@ def results(args) -> list[dict]:
     return sorted(rows, key=lambda r: (r["stage"], order.index(r["method"]), r["seed"], r["lr"], r["split"]))
 
 
+def rates(args, method: str) -> tuple[float, ...]:
+    return tuple(args.rates) if args.rates and method != "sft" else RATES[method]
+
+
 def explore(args, method: str, lr: float) -> float:
     """pass@1 on dev of the method at one rate of its grid, with seed 0."""
     run = train(args, f"{method}-{lr:g}-0", METHODS[method], 0, lr, args.steps)
@@ -237,8 +240,8 @@ def compare(args, method: str, seed: int, rate) -> None:
         return
     flags = ["--method", "grpo", "--norm", "mean", "--model", run / "model" if run else FOLDER / "policy"]
     name = f"{run.name if run else f'base-{seed}'}-stage2"
-    run = train(args, name, flags, seed + 1000, STAGE2_RATE, args.steps2)
-    measure(args, "II", method, seed, STAGE2_RATE, run, args.splits)
+    run = train(args, name, flags, seed + 1000, args.lr2, args.steps2)
+    measure(args, "II", method, seed, args.lr2, run, args.splits)
 
 
 def main() -> None:
@@ -246,8 +249,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=PAPER, choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, help="one learning rate for Stage I instead of the best of RATES")
+    parser.add_argument("--rates", type=float, nargs="+",
+                        help="to choose from, in the place of RATES (but for SFT)")
     parser.add_argument("--steps", type=int, default=12, help="of Stage I")
     parser.add_argument("--steps2", type=int, default=12, help="of Stage II; 0: Stage I only")
+    parser.add_argument("--lr2", type=float, default=4e-4, help="learning rate of Stage II")
     parser.add_argument("--questions", type=int, default=16, help="problems per step, 8 traces each")
     parser.add_argument("--problems", type=int, default=64, help="of each split, 16 traces each")
     parser.add_argument("--splits", nargs="+", default=["eval", "deep"])
@@ -267,6 +273,8 @@ def main() -> None:
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(args, name) for name in ("steps", "steps2", "questions", "problems")
              if getattr(args, name)} | {"deeper": args.deeper, "temperature": args.temperature}
+    if args.steps2:
+        sizes["lr2"] = args.lr2
     if "longer" in args.splits and not args.deeper:
         parser.error("--splits longer: problems as long as those of --deeper N, which is missing")
     config = args.out / "config.json"
@@ -280,7 +288,7 @@ def main() -> None:
     families |= {"outcome" for name in args.methods if name.endswith("-timed")}
     tuned = [] if args.lr else [m for m in PAPER[:0:-1] if m in families]  # the slowest first
     with ThreadPoolExecutor(args.workers) as pool:  # what a job waits for has been started before
-        grid = {m: {lr: pool.submit(explore, args, m, lr) for lr in RATES[m]} for m in tuned}
+        grid = {m: {lr: pool.submit(explore, args, m, lr) for lr in rates(args, m)} for m in tuned}
 
         def rate(method: str) -> float:
             found = grid.get(method.split("-")[0], {})
