@@ -5,6 +5,8 @@
     python experiments/miniature.py --methods process-end outcome-noise-0.2    # ablations: see METHODS
     python experiments/miniature.py --deeper --splits deep eval --out runs/deeper    # seldom right at first
     python experiments/miniature.py --deeper 3 --splits longer deep eval --lr 4e-4 --out runs/silent  # never
+    python experiments/miniature.py --deeper 3 --temperature 0.7 --steps 36 --rates 1e-4 2e-4 4e-4 --lr2 1e-4 \
+        --splits longer eval --out runs/cooler      # as seldom as the demo's, but by what the base cannot do
 
 Stage I takes the same number of traces for every method (SFT: as many references); METHOD-timed takes the
 number of steps that costs as many CPU seconds as Outcome's run. Stage II is sparse GRPO, the same for all.
@@ -213,7 +215,7 @@ def results(args) -> list[dict]:
     return sorted(rows, key=lambda r: (r["stage"], order.index(r["method"]), r["seed"], r["lr"], r["split"]))
 
 
-def rates(args, method: str) -> tuple[float, ...]:
+def candidates(args, method: str) -> tuple[float, ...]:
     return tuple(args.rates) if args.rates and method != "sft" else RATES[method]
 
 
@@ -246,7 +248,8 @@ def compare(args, method: str, seed: int, rate) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=PAPER, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=PAPER, choices=METHODS, metavar="METHOD",
+                        help=", ".join(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, help="one learning rate for Stage I instead of the best of RATES")
     parser.add_argument("--rates", type=float, nargs="+",
@@ -288,7 +291,7 @@ def main() -> None:
     families |= {"outcome" for name in args.methods if name.endswith("-timed")}
     tuned = [] if args.lr else [m for m in PAPER[:0:-1] if m in families]  # the slowest first
     with ThreadPoolExecutor(args.workers) as pool:  # what a job waits for has been started before
-        grid = {m: {lr: pool.submit(explore, args, m, lr) for lr in rates(args, m)} for m in tuned}
+        grid = {m: {lr: pool.submit(explore, args, m, lr) for lr in candidates(args, m)} for m in tuned}
 
         def rate(method: str) -> float:
             found = grid.get(method.split("-")[0], {})
