@@ -333,7 +333,7 @@ def report(args) -> None:
     def by_step(title, stage, name, share=False):
         curves = {m: [[step.get(name) for step in steps] for steps in found]
                   for m, found in runs[stage].items()}
-        return chart(f"Stage {stage}: {title}, by step", curves, share)
+        return chart(f"Stage {stage}: {title}, by step", curves, share, count=True)
 
     def by_k(stage):
         curves: dict = {}
@@ -392,9 +392,10 @@ def table(rows: list[dict], stage: str, splits: list[str]) -> str:
 WIDTH, HEIGHT = 430, 220  # of a chart
 
 
-def chart(title: str, curves: dict[str, list[list]], share: bool = False) -> tuple[str, list[str]]:
+def chart(title: str, curves: dict[str, list[list]], share=False, count=False) -> tuple[str, list[str]]:
     """curves: method -> per seed a list of values (None: nothing to show) -> the drawing, and whom it shows.
-    A line is the mean of the seeds, a band goes from the lowest to the highest."""
+    A line is the mean of the seeds, a band goes from the lowest to the highest. share: values in percent from
+    0 on; count: the first and the last value's number below them."""
     points = {method: [(i, found) for i, values in enumerate(zip(*series))
                        if (found := [v for v in values if v is not None])]
               for method, series in curves.items()}
@@ -408,6 +409,9 @@ def chart(title: str, curves: dict[str, list[list]], share: bool = False) -> tup
         y, value = 30 + HEIGHT * (1 - i / 4), bottom + (top - bottom) * i / 4
         parts.append(f'<path d="M0 {y}h{WIDTH}" stroke="#ddd"/><text x="-6" y="{y + 4}" text-anchor="end">'
                      + (f"{value:.1%}" if share else f"{value:.3g}") + "</text>")
+
+    for i in (0, last) if count else ():
+        parts.append(f'<text x="{WIDTH * i / last}" y="{HEIGHT + 46}" text-anchor="middle">{i + 1}</text>')
 
     def place(i, value):
         return f"{WIDTH * i / last:.1f},{30 + HEIGHT * (1 - (value - bottom) / (top - bottom)):.1f}"
