@@ -3,9 +3,9 @@ r"""Is this answer right, and what do many verdicts say: exact match, pass@k, bo
 The answer of a text is its last \boxed{...} (balanced braces; or \fbox), else its last number; of a trace cut
 off its box only. Plain decimals are compared here, exactly and in microseconds ("$1,000.00" is "1000",
 "051283" is "51283", "3e8" is "3 \times 10^{8}"); so are identical strings, words ("\text{even}" is "Even")
-and named numbers ("x=1, y=2" is "y=2, x=1"), options ("B) Mars" is "B") and a number against one with a unit
-("18 books" is "18"). Everything else (fractions, roots, tuples, intervals, percent, other units) goes to
-math-verify, which reads LaTeX.
+and named numbers ("x = 3,000" is "3000", "x=1, y=2" is "y=2, x=1"), options ("B) Mars" is "B") and a number
+against one with a unit ("18 books" is "18"). Everything else (fractions, roots, tuples, intervals, percent,
+other units) goes to math-verify, which reads LaTeX.
 
 math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for years inside one C call, where
 no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces:
@@ -100,6 +100,9 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
         return guess == gold != ""
     if max(len(guess), len(gold)) > MAX_ANSWER:
         return False
+    (name, value), (other, asked) = _assigned(guess), _assigned(gold)
+    if name == other or "" in (name, other):
+        guess, gold = value, asked
     for read in (_decimal, _letter, _words, _named):
         ours, theirs = read(gold), read(guess)
         if ours is not None and theirs is not None:
@@ -153,6 +156,15 @@ def _measured(answer: str) -> tuple[Decimal, str] | None:
     if number is None:
         return None
     return number.scaleb(_SCALES[measured[2].lower()] if measured[2] else 0), measured[3].strip()
+
+
+def _assigned(answer: str) -> tuple[str, str]:
+    """A lone name and the number it is set to, which may have a unit: "x = 3,000" is ("x", "3,000"), where
+    math-verify would read the 3. Other answers have no name, and stay as they are."""
+    found = re.fullmatch(r"([A-Za-z][\w ]*|\\(?:text|mathrm)\{[^{}]*\} ?)= ?([^=]+)", answer)
+    if found and (_decimal(found[2]) is not None or _measured(found[2])):
+        return found[1].strip(), found[2]
+    return "", answer
 
 
 def _letter(answer: str) -> str | None:

@@ -71,6 +71,9 @@ def test_extract_answer(text, answer):
     ("4.5e33", r"4.5\cdot10^{33}"), (r"\boxed{7}", "7"),
     (r"\frac12", "1/2"), (r"\frac{3}{4}", "0.75"), (r"\dfrac{1}{2}", r"\frac{1}{2}"),
     ("2\\sqrt3", r"\sqrt{12}"), ("50%", "50"), ("50", r"50\%"), ("0.5", "50%"), ("x=5", "5"),
+    ("3000", "x = 3,000"), ("x=3,000", "3000"), ("3000", r"C = \$3,000\text{ dollars}"),
+    ("18", "Total cost = $18"), ("3000", r"\text{Total} = 3,000"), ("18", r"f(2) = 18"), ("-3", "x_1 = -3"),
+    ("x = 3,000", "x=3000"),
     ("(1,2)", "(1, 2)"), ("[0,1)", "[0,\n1)"),
     (r"\{1,2\}", "2, 1"), (r"x^2+1", "1+x^2"), ("5", r"5\text{ cm}"), ("90", r"90^\circ"),
     ("18", "18 dollars"), ("18", "$18 dollars."), ("1000", r"1,000\text{ books}"),
@@ -86,7 +89,8 @@ def test_extract_answer(text, answer):
     ("B", r"\textbf{B})"), ("B", r"(\text{B})."),
     ("even", r"\text{Even}"), ("Two Dogs", r"\textbf{two  dogs}"),
     (r"1.6 \times 10^{-19} \mathrm{J}", r"1.6e-19 \mathrm{J}"), ("5000000 dollars", "5 million dollars"),
-    ("5 million", "5 million dollars"), ("10^6", "1,000,000"), (r"10^3\text{ kg}", r"1000\ \mathrm{kg}"), (r"\sqrt{10}", "10^{1/2}"),
+    ("5 million", "5 million dollars"), ("10^6", "1,000,000"),
+    (r"10^3\text{ kg}", r"1000\ \mathrm{kg}"), (r"\sqrt{10}", "10^{1/2}"),
 ])
 def test_same_answer(gold, guess):
     assert is_correct(boxed(guess), gold)
@@ -100,7 +104,10 @@ def test_same_answer(gold, guess):
     ("1.6e-19", r"1.7 \times 10^{-19} \text{ J}"), ("0.0000001", r"0.0000004 \text{ m}"),
     ("2", r"2 \text{ hours } 30 \text{ minutes}"), ("5", r"5\text{ feet }6\text{ inches}"),
     ("7", r"7 \text{ dimes and } 3 \text{ nickels}"), ("18", r"18\text{ apples}, 25\text{ pears}"),
-    ("3", r"3\text{ million}"), ("18", "< 18"), ("18", r"\geq 18"), ("2", "2 x"),
+    ("3", r"3\text{ million}"), ("18", "< 18"), ("3", "x = 3,000"),
+    ("3000", "x = 3,001"), ("3", "x = 3, y = 4"),
+    ("3", "x = 3 or x = 4"), ("x = 3,000", "x = 3"), ("x = 3", "y = 3"), ("2000", "3000 = x"),
+    ("18", r"\geq 18"), ("2", "2 x"),
     ("3", "3 quarters"), ("3", "3 tenths"), ("3 books", "3 pages"), ("3 books", "4"), ("5", "5 abcd x"),
     ("B", "C)"), ("B", "B) or C)"), ("B", "A) Venus, B) Mars"), ("B", "B or C"), ("B", "BC"),
     ("18", "USD 19"), ("18", "****"), ("8", "2**3 + 2**1"), ("10^{-20}", "10^{-19}"),
