@@ -328,17 +328,17 @@ def main(model, judge="", data="openai/gsm8k:main:test", device="cpu", what=PART
         """Each line goes into the file at once: a bench that is stopped keeps what it has measured."""
         for line in found:
             line = dict(what=line.pop("what"), by=line.pop("by"), dtype=dtype) | line
-            lines.append(line.copy())
-            for kind in ("wall", "cpu"):
-                line[f"per_{kind}_second"] = f"{line['useful'] / line[kind]:.4g}" if line[kind] else ""
-                line[kind] = line[kind] and f"{line[kind]:.4g}"
-            print(f"{line['what']:26} {line['dtype']:9} {line['rows']:5} rows  {line['by']:44} "
-                  f"{line['per_wall_second']:>8} /s  {line['per_cpu_second']:>8} /CPU s", flush=True)
+            lines.append(line)
+            row = line | {kind: line[kind] and f"{line[kind]:.4g}" for kind in ("wall", "cpu")} | {
+                f"per_{kind}_second": f"{line['useful'] / line[kind]:.4g}" if line[kind] else ""
+                for kind in ("wall", "cpu")}
+            print(f"{row['what']:26} {row['dtype']:9} {row['rows']:5} rows  {row['by']:44} "
+                  f"{row['per_wall_second']:>8} /s  {row['per_cpu_second']:>8} /CPU s", flush=True)
             with open(out, "a", newline="") as file:
-                table = csv.DictWriter(file, [*line, *about], lineterminator="\n")
+                table = csv.DictWriter(file, [*row, *about], lineterminator="\n")
                 if not file.tell():
                     table.writeheader()
-                table.writerow(line | about)
+                table.writerow(row | about)
 
     for dtype in dtypes if {"sampling", "judging"} & set(what) or not device.startswith("cuda") else ():
         lm = load_lm(model, device, getattr(torch, dtype))
