@@ -5,8 +5,8 @@
     python experiments/miniature.py --methods process-end outcome-noise-0.2    # ablations: see METHODS
     python experiments/miniature.py --deeper --splits deep eval --out runs/deeper    # seldom right at first
     python experiments/miniature.py --deeper 3 --splits longer deep eval --lr 4e-4 --out runs/silent  # never
-    python experiments/miniature.py --deeper 3 --temperature 0.7 --steps 36 --rates 1e-4 2e-4 4e-4 --lr2 1e-4 \
-        --splits longer eval --out runs/cooler      # as seldom as the demo's, but by what the base cannot do
+    python experiments/miniature.py --deeper 3 --temperature 0.7 --steps 36 --rates 1e-4 2e-4 4e-4 \
+        --lr2 1e-4 --splits longer eval --out runs/cooler      # seldom, by what the base cannot do
 
 Stage I takes the same number of traces for every method (SFT: as many references); METHOD-timed takes the
 number of steps that costs as many CPU seconds as Outcome's run. Stage II is sparse GRPO, the same for all.
