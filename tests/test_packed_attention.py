@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from exprl import Settings, microbatches, predictors
-from kernels import pack
+from kernels import pack, policy_head
 
 module = sys.modules["kernels.packed_attention"]  # the package has a function of that name
 
@@ -102,3 +102,39 @@ def test_padding_on_gsm8k_like_lengths_is_below_a_tenth(questions, group):
         real += sum(lengths[row] - 1 for row in part)
     assert attended < 1.1 * real  # the only place with padding, and on a CPU not even that
     assert packed < 0.6 * real  # what all other layers see
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "dtype", "least"), [
+    ("smollm", torch.float32, 1 - 1e-6), ("smollm", torch.bfloat16, 0.997),
+    ("qwen", torch.float32, 1 - 1e-6), ("qwen", torch.bfloat16, 0.997)])
+def test_a_real_models_gradient_is_plain_transformers(name, dtype, least):
+    """Of the policy gradient of four traces behind two prompts, over all weights: the cosine. Packed, through
+    the head, in `dtype`; against row by row, through the logits, with eager attention, in float32."""
+    lm = tiny.real_model(name)
+    prompts = [lm.chat("What is 17 * 23?")] * 2 + [lm.chat("How many eggs are in 3 boxes of 12?")] * 2
+    traces = [lm.encode(text) for text in (
+        "### Multiply\n17 * 23 = 391, so \\boxed{391}.", "It is 17 + 23 = 40.",
+        "3 * 12 = 36 eggs: \\boxed{36}", "### Add\n12 + 3 = 15")]
+    advantages = torch.tensor([1.0, -0.7, 0.4, -1.1])
+    lm.model.set_attn_implementation("eager")
+    for prompt, trace, advantage in zip(prompts, traces, advantages):
+        logits = lm.model(torch.tensor([prompt + trace]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / 0.8).log_softmax(-1).gather(1, torch.tensor(trace)[:, None])
+        (-advantage * logp.sum()).backward()
+    plain = [p.grad for p in lm.model.parameters()]
+    lm.model.zero_grad()
+    lm.model.set_attn_implementation("exprl_packed")
+    padded = torch.nn.utils.rnn.pad_sequence
+    ids = padded([torch.tensor(p + t) for p, t in zip(prompts, traces)], batch_first=True)
+    mask = padded([torch.arange(len(p + t)) >= len(p) for p, t in zip(prompts, traces)], batch_first=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden, tokens = predictors(lm.model, ids, mask)
+        head = policy_head(hidden, lm.model.get_output_embeddings().weight, tokens,
+                           (advantages[:, None] * mask)[mask], temperature=0.8)
+    head.loss.backward()
+    pairs = [(a, p.grad) for a, p in zip(plain, lm.model.parameters())]
+    ours, theirs, both = (sum(float((x * y).sum()) for x, y in products) for products in (
+        ((b, b) for _, b in pairs), ((a, a) for a, _ in pairs), pairs))
+    assert both / (ours * theirs) ** 0.5 > least
+    assert ours / theirs == pytest.approx(1, abs=0.05)

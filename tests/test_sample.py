@@ -17,7 +17,6 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -765,19 +764,12 @@ def test_gpu_greedy_graphs_and_weight_updates(graphs):
         assert r.logprobs == pytest.approx(teacher_forced(net, r, 0.7), abs=1e-3)
 
 
-def real_model(name, dtype=torch.float32):
-    home = os.environ.get("EXPRL_REAL_MODELS")
-    if not home or not (Path(home) / name).is_dir():
-        pytest.skip("EXPRL_REAL_MODELS names no folder with real models")
-    return load_lm(str(Path(home) / name), dtype=dtype)
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["smollm", "qwen"])
 def test_real_models_are_greedy_as_generate(name):
     """64 prompts of 1 to about 700 tokens, float32, at most 40 new tokens: generate's tokens, through
     refill (12 rows) and pauses (a cache of 27 pages)."""
-    lm, rng = real_model(name), random.Random(0)
+    lm, rng = tiny.real_model(name), random.Random(0)
     words = lm.tokenizer.encode("Tom has 3 boxes of 12 eggs and drops 5 eggs. How many are whole? Let us see")
     prompts = [lm.chat("What is 17 * 23?"), words[:1]]
     while len(prompts) < 64:
@@ -806,7 +798,7 @@ def test_real_models_are_greedy_as_generate(name):
 def test_real_models_logprobs_are_teacher_forced_ones(name, dtype):
     """float32: to 1e-4. bfloat16: as near to float32 as transformers in bfloat16 is; the shares of tokens
     with a ratio outside [0.9, 1.1] are printed."""
-    lm = real_model(name, getattr(torch, dtype))
+    lm = tiny.real_model(name, getattr(torch, dtype))
     prompts = [lm.chat(q) for q in ("What is 17 * 23?", "How many eggs are 12 boxes of 12?", "Hi " * 60)]
     rollouts = Sampler(lm.model, max_rows=4).sample(prompts, 3, 40, 0.8, seed=1)
     ours = torch.tensor([logp for r in rollouts for logp in r.logprobs])
@@ -814,7 +806,7 @@ def test_real_models_logprobs_are_teacher_forced_ones(name, dtype):
     if dtype == "float32":
         assert (ours - forced).abs().max() < 1e-4
         return
-    exact = real_model(name, torch.float32).model
+    exact = tiny.real_model(name, torch.float32).model
     exact = torch.tensor([logp for r in rollouts for logp in teacher_forced(exact, r, 0.8)])
     off, theirs, between = (((a - b).exp() - 1).abs().gt(0.1).float().mean().item()
                             for a, b in ((ours, exact), (forced, exact), (ours, forced)))

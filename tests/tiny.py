@@ -8,9 +8,10 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
 import torch
 
-import sample  # noqa: F401  first of all: see the note on the name `kernels` in sample.py
+import sample  # first of all: see the note on the name `kernels` in sample.py
 import exprl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -91,6 +92,14 @@ def training_world(home: Path) -> tuple[Path, list[str]]:
              "--show-every", 2, "--eval-every", 0, "--temperature", 1.0, "--microbatch-tokens", 4000,
              "--check-judge", 0, "--readout", "expected", "--device", "cpu"]
     return home, [str(f) for f in flags]
+
+
+def real_model(name, dtype=torch.float32) -> sample.LM:
+    """For tests marked real: EXPRL_REAL_MODELS is a folder with `smollm` (SmolLM2-135M) and `qwen` (0.5B)."""
+    home = os.environ.get("EXPRL_REAL_MODELS")
+    if not home or not (Path(home) / name).is_dir():
+        pytest.skip("EXPRL_REAL_MODELS names no folder with real models")
+    return sample.load_lm(str(Path(home) / name), dtype=dtype)
 
 
 def as_asked(dtype, device):
