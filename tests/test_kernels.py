@@ -306,8 +306,8 @@ def test_kernels_compile_for_a_hopper_gpu():
         ops = importlib.import_module("kernels.layer_ops")
         for z, rows, block in (("*bf16", 128, 64), ("*fp32", 32, 32)):
             build(choose.sum_kernel, f"{z} *fp32 *fp32 i32", warps=4, BLOCK=4096)
-            build(choose.draw_kernel, f"{z} *fp32 *i64 *fp32 *i32 *i32 *fp32 i32 i32 i32", warps=8, BLOCK=4096,
-                  BLOCKS=64)
+            build(choose.draw_kernel, f"{z} *fp32 *i64 *fp32 *i32 *i32 *fp32 i32 i32 i32", warps=8,
+                  BLOCK=4096, BLOCKS=64)
             for D, splits, out in ((64, 1, z), (128, 8, "*fp32")):  # heads of SmolLM2 and Qwen2.5-1.5B
                 build(attention.paged_attention_kernel, f"{z} {z} {z} *i32 *i32 {out} *fp32 fp32 i32 i32 i32",
                       warps=4, P=32, D=D, GROUP=6, GROUP_BLOCK=16, TOKEN_BLOCK=block, D_BLOCK=D,

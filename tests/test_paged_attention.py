@@ -108,7 +108,7 @@ def test_gpu_sizes(rows):
 
 
 def philox(seed, c0, c1):
-    """Philox 4x32-10 of the counter (c0, c1, 0, 0) as Triton's tl.philox computes it: four words, as uint64."""
+    """Philox 4x32-10 of the counter (c0, c1, 0, 0) as tl.philox computes it: four words, as uint64."""
     c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in np.broadcast_arrays(c0, c1, 0, 0))
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
@@ -125,7 +125,8 @@ def numbers(seed, trace, position):
 
 def plain_choose(logits, temperature, seed, trace, position):
     logp = (logits.double() / temperature).log_softmax(-1)
-    token = torch.searchsorted(logp.exp().cumsum(-1), numbers(seed, trace, position)[:, None], right=True)[:, 0]
+    drawn = numbers(seed, trace, position)[:, None]
+    token = torch.searchsorted(logp.exp().cumsum(-1), drawn, right=True)[:, 0]
     return token, logp.gather(1, token[:, None])[:, 0].float()
 
 
