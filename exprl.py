@@ -184,11 +184,12 @@ TRAINING = "training problems"
 class Stop(Exception):
     """Ends a run in order: the last completed step is saved, `records` of an unfinished one too, and the
     message shown. by: the number of the signal that asked for it, if one did. broken: the weights are of no
-    use, and are not saved."""
+    use, and are not saved. refused: these flags would be refused again (see sample.Refused)."""
 
-    def __init__(self, message: str, records: list[dict] = (), by: int | None = None, broken: bool = False):
+    def __init__(self, message: str, records: list[dict] = (), by: int | None = None, broken: bool = False,
+                 refused: bool = False):
         super().__init__(message)
-        self.records, self.by, self.broken = records, by, broken
+        self.records, self.by, self.broken, self.refused = records, by, broken, refused
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -817,7 +818,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
         judge = Judge(grader.model, grader.tokenizer, grader.prompts, settings.readout or None,
                       max_rows=settings.max_rows,
                       cache_gb=room if judge_device == device else settings.cache_gb or None)
-        if not grader.prompts and (others := sorted({p.domain for p in train}.difference(DOMAINS))):
+        others = sorted({p.domain for p in train if p.domain.partition("/")[0] not in DOMAINS})
+        if others and "user" not in grader.prompts:  # else the judge has one prompt, of its own
             print(f"judge.DOMAINS has no entry for {', '.join(others)}: graded as math", file=sys.stderr)
         whole_ones = domains if settings.method == "outcome" else settings.outcome_domains
         views = {p.id: "outcome" if p.domain in whole_ones else settings.step_view for p in train}
@@ -1060,7 +1062,7 @@ def together(state: "State | None" = None):
         yield
     except (Exception, SystemExit) as error:
         said = Stop(explain(error, state.phase if state else "loading"), by=getattr(error, "by", None),
-                    broken=getattr(error, "broken", False))
+                    broken=getattr(error, "broken", False), refused=isinstance(error, Refused))
     if state:
         state.interrupts.defer()
     for stop in gather(said):
@@ -1083,7 +1085,7 @@ def explain(error: BaseException, phase: str = "loading") -> str:
     if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or re.search("allocate memory|out of memory|ALLOC_FAILED", str(error))):
         return (f"out of memory while {phase}: {REMEDIES.get(phase, 'take a smaller model')}\n"
-                f"({str(error).splitlines()[0]})")
+                f"({(str(error).splitlines() or [type(error).__name__])[0]})")
     if isinstance(error, (OSError, SafetensorError)):
         return (f"reading or writing failed while {phase}: {error}\n"
                 "make room on the disk, or allow reading and writing there")
@@ -1175,7 +1177,7 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
             for path in (metrics_file, rollouts_file):
                 write_atomically(path, (jsonl([r]) for r in each_record(path) if r["step"] <= state.step))
     logged = read_jsonl(metrics_file)
-    evaluated = {m["step"] for m in logged if "accuracy" not in m}
+    done = evaluated(run)
     history = [m for m in logged if "accuracy" in m]
     if settings.log == "tensorboard" and rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -1186,14 +1188,15 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
             total=settings.steps, initial=state.step, disable=not terminal, dynamic_ncols=True,
             bar_format="step {n_fmt}/{total_fmt} {bar:6} {desc}") as bar:
         try:
-            if state.step == 0 and state.judge and settings.check_judge and settings.reference == "right":
+            if (state.step == 0 and state.judge and settings.check_judge and settings.reference == "right"
+                    and "outcome" in state.judge.fixed):  # a judge of its own prompt may know steps only
                 check_judge(state, settings, bar)
             while True:
                 last = state.step == settings.steps
                 start = state.step == 0
                 save = not start and (last or settings.save_every and state.step % settings.save_every == 0)
                 due = start or last or settings.eval_every and state.step % settings.eval_every == 0
-                evaluate = state.held_out and due and state.step not in evaluated
+                evaluate = state.held_out and due and state.step not in done
                 if save or evaluate:
                     with together(state):
                         require_sound(state)
@@ -1264,6 +1267,11 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     log(state, run / "metrics.jsonl", {"step": state.step, "held_out": of, **metrics})
     bar.write(f"step {state.step}: held out, " + ", ".join(
         f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
+
+
+def evaluated(run: Path) -> set[int]:
+    """The steps whose evaluation stands in metrics.jsonl."""
+    return {m["step"] for m in read_jsonl(run / "metrics.jsonl") if "accuracy" not in m}
 
 
 def log(state: State, path: Path, metrics: dict) -> None:
@@ -1608,21 +1616,30 @@ def resume_run(run: Path, settings: Settings) -> State:
                          "--max-prompt-tokens, --max-new-tokens, --judge and --readout, by which problems "
                          "are left out), or start a new run")
     print(f"resuming {run} after step {state.step} of {settings.steps}")
+    if state.step == settings.steps and state.step in evaluated(run):
+        print(f"nothing is left to do: --steps for more, and `python sample.py --model {run / 'model'} ...` "
+              "evaluates it on other data or with other flags")
     return state
 
 
 def dry_run(settings: Settings) -> None:
     """The memory of a step on this device: computed, then measured at full length. Writes nothing.
 
-    Full length: the longest prompts, no end token, and a gradient for every trace; AdamW has its moments."""
+    Full length: the longest prompts (SFT: the longest with their references), no end token, and a gradient
+    for every trace; AdamW has its moments."""
     state = build_state(settings)
-    state.train = sorted(state.train, key=lambda p: -len(state.policy.chat(p.question)))[: settings.questions]
-    prompt = len(state.policy.chat(state.train[0].question))
+    sft, shape = settings.method == "sft", settings
+    lengths = {p.id: (len(state.policy.chat(p.question)), len(reference_ids(state.policy, p)) if sft else 0)
+               for p in state.train}
+    state.train = sorted(state.train, key=lambda p: -sum(lengths[p.id]))[: settings.questions]
+    prompt, reference = lengths[state.train[0].id]
+    if sft:  # nothing is sampled: the references are as long as they are
+        shape = replace(settings, group=1, max_new_tokens=reference)
     judge = None if state.judge is None or state.judge.model is state.reference else state.judge.model.config
     from experiments.memory import memory, table
-    parts = memory(state.policy.model.config, settings, ranks(), state.dtype, state.device.split(":")[0],
+    parts = memory(state.policy.model.config, shape, ranks(), state.dtype, state.device.split(":")[0],
                    prompt, judge)
-    print(f"computed, a process, prompts of {prompt} tokens and traces of {settings.max_new_tokens}:\n"
+    print(f"computed, a process, prompts of {prompt} tokens and traces of {shape.max_new_tokens}:\n"
           f"{table(parts)}", flush=True)
     state.sampling.generation_config.eos_token_id = -1
     for parameter in state.policy.model.parameters():
@@ -1644,6 +1661,15 @@ def give_up(error: Exception, message: str) -> None:
         print(message, file=sys.__stderr__, flush=True)
         os._exit(1)
     raise SystemExit(message) from error
+
+
+def leave_nothing(state: State, run: Path, resume: Path | None) -> bool:
+    """After a refusal: delete the folder of a run in which nothing was done. Was it one?"""
+    if resume or rank() or read_jsonl(run / "metrics.jsonl"):
+        return False
+    state.lock.close()
+    shutil.rmtree(run, ignore_errors=True)
+    return True
 
 
 def main(argv=None) -> None:
@@ -1675,14 +1701,13 @@ def main(argv=None) -> None:
     try:
         run_training(state, settings, run)
     except Stop as stop:
+        if stop.refused and leave_nothing(state, run, resume):
+            go_on = "nothing was begun"
         print(f"\n{stop}; {go_on}", file=sys.stderr)
         # a signal's own exit status, so that a script does not go on with what comes next
         raise SystemExit(1 if stop.by is None else 128 + stop.by if ranks() == 1 else 0) from stop
     except Exception as error:
-        begun = resume or read_jsonl(run / "metrics.jsonl")
-        if isinstance(error, Refused) and not begun and rank() == 0:
-            state.lock.close()
-            shutil.rmtree(run, ignore_errors=True)  # nothing was done, and these flags are refused again
+        if isinstance(error, Refused) and leave_nothing(state, run, resume):
             go_on = "nothing was begun"
         give_up(error, f"{explain(error, state.phase)}\n{go_on}")
     finally:

@@ -337,7 +337,8 @@ class Judge:
         list of its steps' texts, its Verdict has a grade per step."""
         if len(problems) != len(traces):
             raise ValueError(f"{len(problems)} problems for {len(traces)} traces: give one for each")
-        self.check_view(view)
+        if traces:  # Process asks for whole traces' grades of none, and a judge may know steps only
+            self.check_view(view)
         limit, room = context_of(self.model), self.room
         steps = [[trace] for trace in traces] if view == "outcome" else traces
         known = {problem: self.questions(problem, view) for problem in set(problems)}

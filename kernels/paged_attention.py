@@ -206,7 +206,7 @@ def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         splits = split_count(R * KVH, table.shape[1], processors)
     group, d_block = H // KVH, max(16, triton.next_power_of_2(D))
-    token_block = 32 if query.dtype == torch.float32 else 64  # what registers hold
+    token_block = 16 if query.dtype == torch.float32 else 64  # what registers hold, under Triton 3.6, too
     out = torch.empty(R, H, D, dtype=query.dtype, device=query.device)
     part = torch.empty(R, H, splits, D, dtype=torch.float32, device=query.device) if splits > 1 else out
     lse = torch.empty(R, H, splits, dtype=torch.float32, device=query.device) if splits > 1 else out

@@ -101,13 +101,36 @@ def test_problems_that_the_judge_cannot_read_are_left_out(world, tmp_path, capsy
     assert len(state.train) == len(rows) - 1 and "too long for the judge's context" in capsys.readouterr().err
 
 
-def test_what_never_began_leaves_no_folder(world, tmp_path):
+def test_domains_without_a_rubric_are_named(world, tmp_path, capsys):
+    lines = (world[0] / "train.jsonl").read_text().split("\n")[:-1]
+    rows = [json.loads(line) | {"domain": domain} for line, domain in
+            zip(lines, ["math", "science/physics", "chain"] * 3, strict=False)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(world, "--data", tmp_path / "mixed.jsonl")
+    assert "no entry for chain: graded as math" in capsys.readouterr().err
+
+
+def test_a_judge_that_knows_steps_only_is_not_checked_on_whole_traces(world, tmp_path):
+    shutil.copytree(world[0] / "judge", tmp_path / "judge")
+    own = {"system": {"prefix": "grade"}, "user": "{question}{reference}{trace}"}
+    (tmp_path / "judge/prompts.json").write_text(json.dumps(own))
+    tiny.inside(*world[1], "--judge", tmp_path / "judge", "--method", "process", "--check-judge", 2,
+                "--steps", 1, "--out", tmp_path / "run")
+    assert (tmp_path / "run/model").exists()
+
+
+def test_what_never_began_leaves_no_folder(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with pytest.raises(SystemExit, match="(?s)raise --cache-gb.*nothing was begun"):
         exprl.main([*world[1], "--cache-gb", "1e-7", "--out", str(run)])
     assert not run.exists()
     with pytest.raises(SystemExit, match="raise --cache-gb"):
         exprl.main([*world[1], "--cache-gb", "1e-7", "--dry-run"])
+    monkeypatch.setattr(exprl, "ranks", lambda: 2)
+    monkeypatch.setattr(exprl, "gather", lambda value: [None, value])
+    with pytest.raises(exprl.Stop, match="raise it") as stop, exprl.together():
+        raise exprl.Refused("raise it")
+    assert stop.value.refused  # what main deletes the folder by
 
 
 def test_batches_are_a_function_of_seed_and_step_and_straddle_epochs():
@@ -536,8 +559,8 @@ def test_resume_refuses_another_run(world, whole, tmp_path):
     assert done.returncode and "config.json" in done.stderr
     done = tiny.inside("--resume", whole[0], "--steps", 5, check=False)  # it would not have stopped at all
     assert done.returncode and "already reached step_6, and --steps is 5" in done.stderr
-    finished = tiny.inside("--resume", whole[0])  # nothing left to do: the table again
-    assert "before" in finished.stdout
+    finished = tiny.inside("--resume", whole[0], "--eval-n", 5)  # the table again
+    assert "before" in finished.stdout and "nothing is left to do" in finished.stdout
 
 
 def test_the_closing_table_shows_what_both_ends_measured(tmp_path):
@@ -597,7 +620,7 @@ def test_grpo_needs_no_judge(world, tmp_path):
 
 def test_out_of_memory_names_the_flag():
     refused = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
-    for error in refused, torch.OutOfMemoryError("x"):
+    for error in refused, torch.OutOfMemoryError("x"), MemoryError():
         assert "lower --microbatch-tokens" in exprl.explain(error, "training")
     assert "Error: shape" in exprl.explain(RuntimeError("shape"), "training")
     assert all("--" in remedy for remedy in exprl.REMEDIES.values())

@@ -304,7 +304,7 @@ def test_kernels_compile_for_a_hopper_gpu():
         attention = importlib.import_module("kernels.paged_attention")
         prefill = importlib.import_module("kernels.prefill_attention")
         ops = importlib.import_module("kernels.layer_ops")
-        for z, rows, block in (("*bf16", 128, 64), ("*fp32", 32, 32)):
+        for z, rows, block in (("*bf16", 128, 64), ("*fp32", 32, 16)):
             build(choose.sum_kernel, f"{z} *fp32 *fp32 i32", warps=4, BLOCK=4096)
             build(choose.draw_kernel, f"{z} *fp32 *i64 *fp32 *i32 *i32 *fp32 i32 i32 i32", warps=8,
                   BLOCK=4096, BLOCKS=64)
@@ -361,7 +361,9 @@ def test_offsets_beyond_2_to_the_31_on_a_gpu():
     ids = torch.full((R,), V - 1, device=DEVICE)
     logp, entropy, lse = torch.empty(3, R, device=DEVICE)
     logprob.triton_row_stats(z, ids, logp, entropy, lse)
-    assert logp[-1].item() == pytest.approx(-math.log1p((V - 1) * math.exp(-20)), rel=1e-3)
+    # A wrapped offset would give about -12. Absolute: e^-20 is added to a 1 up to 15 times, as the compiler
+    # orders a thread's sums, and float32 rounds each time, all in one direction: 5e-7.
+    assert logp[-1].item() == pytest.approx(-math.log1p((V - 1) * math.exp(-20)), abs=2e-6)
     assert logp[:-1].cpu().sub(-math.log(V)).abs().max() < 1e-4
 
 

@@ -1,5 +1,6 @@
 """The computed memory of a step beside what PyTorch's allocator counted."""
 
+import json
 import random
 import re
 
@@ -67,3 +68,13 @@ def test_dry_run_prints_computed_and_measured_and_leaves_no_run(tmp_path):
     computed = float(re.search(r"peak +([\d.]+) GB", done.stdout)[1])
     measured = float(re.search(r"measured.*: ([\d.]+) GB", done.stdout)[1])
     assert "traces of 12" in done.stdout and 0 <= computed < measured
+
+
+def test_a_dry_run_of_sft_takes_the_longest_references(tmp_path, capsys):
+    home, flags = tiny.training_world(tmp_path)
+    row = dict(question="?", answer="1", domain="math", solution="step " * 40 + "\\boxed{1}")
+    with open(home / "train.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    exprl.main([*flags, "--method", "sft", "--max-new-tokens", "500", "--dry-run"])
+    length = len(row["solution"].encode()) + 1  # a token a byte, and the turn's end
+    assert f"traces of {length}:" in capsys.readouterr().out
