@@ -3,9 +3,10 @@ r"""Is this answer right, and what do many verdicts say: exact match, pass@k, bo
 The answer of a text is its last \boxed{...} (balanced braces; or \fbox), else its last number; of a trace cut
 off its box only. Plain decimals are compared here, exactly and in microseconds ("$1,000.00" is "1000",
 "051283" is "51283", "3e8" is "3 \times 10^{8}"); so are identical strings, words ("\text{even}" is "Even")
-and named numbers ("x = 3,000" is "3000", "x=1, y=2" is "y=2, x=1"), options ("B) Mars" is "B") and a number
-against one with a unit ("18 books" is "18"). Everything else (fractions, roots, tuples, intervals, percent,
-other units) goes to math-verify, which reads LaTeX.
+and named numbers ("x = 3,000" is "3000", "x=1, y=2" is "y=2, x=1"), options ("B) Mars" is "B"), ratios and
+times of day ("2:4:6" is "1:2:3"), compound amounts ("1 hour 30 minutes") and a number against one with a unit
+("18 books" is "18"). Everything else (fractions, roots, tuples, intervals, percent, other units) goes to
+math-verify, which reads LaTeX.
 
 math-verify runs sympy on what a model wrote, and 9^{9^9} keeps sympy busy for years inside one C call, where
 no Python timeout reaches. So it runs in one worker process under limits that the operating system enforces:
@@ -27,6 +28,7 @@ import threading
 from decimal import Decimal
 from functools import lru_cache
 from operator import index
+from unicodedata import normalize
 
 MAX_TEXT = 1_000_000  # characters of a text that are searched, from its end
 MAX_ANSWER = 1_000  # characters; longer is no final answer and never right
@@ -39,25 +41,39 @@ MEMORY = 2 << 30  # bytes of address space for the worker (Linux only)
 _BRACE = re.compile(r"\\\\?(?:boxed|fbox)(?:\s*(\{)|\s+(-?[0-9]+(?:[.,/][0-9]+)*))|\\.|[{}]", re.S)
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-\u2212]\\?\$?)?"  # a minus after a letter, digit or bracket is a subtraction
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:(?:[0-9]{1,3}(?:(?:,|\{,\}|,?\\[,!])[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][+-]?[0-9]{1,3}(?!\w)|/[0-9]+(?![0-9/]))?(?:\s?\\?%)?")
 _DECIMAL = re.compile(
     r"([+-]?)\s*([0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\[,!;: ]|[ ~])[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?"
     r"(?:(?:[eE]|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^)\s*(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3})))?")
 _STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-# "B", "(B)", "B) Venus", "(B). Venus", "B: Venus", but not "B) or C)"
-_LETTER = re.compile(r"(?:[Oo]ption )?\(?([A-Z])(?:[).:]{1,2}(?:[ \\](?:(?!\b[A-Z]\b).)+)?)?")
+# "B", "(B)", "B) Vitamin C", "(B). Venus", "B: Venus", but not "B) or C)"
+_LETTER = re.compile(
+    r"(?:[Oo]ption )?\(?([A-Z])(?:[).:]{1,2}(?:[ \\](?!(?:or|and) )(?:(?!\b[A-Z]\)|\b[A-Z][.:] ).)+)?)?")
+# Written without LaTeX: signs, roots, powers and fractions.
+_SIGNS = str.maketrans({"\u2212": "-", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ",
+                        "\u221e": "\\infty "})
+_ROOT = re.compile(r"\u221a ?([0-9]+|[A-Za-z]|\([^()]*\))")
+_POWER = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u207b]+")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 # Words behind a number that are more than its unit.
 _CHANGES = (r"(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|pairs?|"
             r"dozens?|times|twice|squared|cubed|below|minus|plus|and|or|to)\b")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
+_EXPONENT = r"(?: ?\^ ?\{? ?-?[0-9]\}?)"
 # A number, perhaps "million", and its unit: "18 books", "3 million", "1.6e-19 ' J", "9.8 ' m / ' s ^2" (a
 # quote stands for \text). Bare units have four letters or are well known: "3 m" may be a product.
 _UNIT = re.compile(
     r"(.*?[0-9.}])(?:[ ~']|\\[,;: ])+(?!.*\b" + _CHANGES + r")(?:(" + "|".join(_SCALES) + r")s?\b ?)?"
-    r"([a-z]{4,}(?: [a-z]{2,}){0,3}|(?-i:[kMG]?eV|AU|[kM]?pc|ergs?|[cmk]m|kg|[kMG]?Hz|k?Pa|USD|EUR)|"
+    r"([a-z]{4,}(?: [a-z]{2,}){0,3}|(?-i:[kMG]?eV|AU|[kM]?pc|ergs?|kg|[kMG]?Hz|k?Pa|USD|EUR|"
+    r"[cmk]m|[cmk]?m(?:" + _EXPONENT + "|/(?:s|h|min)" + _EXPONENT + r"?))|"
     r"(?<=')[^0-9%]*(?:\^ ?\{? ?-?[0-9][^0-9%]*)*|(?<=ion)|(?<=dred)|(?<=sand))", re.I)
 _MIXED = re.compile(r"[0-9.}](?:[ ~']|\\[,;: ])+(?!times\b)[A-Za-z]{3,}[^0-9]*[0-9]")  # 2 hours 30 minutes
+# What stands for one number or several, each with its unit, in a form that math-verify misreads.
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,|\{,\}|,?\\[,!])[0-9]{3})+(?![0-9])")
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar) ?(?:\{([0-9]+)\}|([0-9]))")
+_RATIO = re.compile(r"([0-9.]+(?: ?: ?[0-9.]+)+)(?:[ '~\\]*([ap])\.? ?m\.?)?", re.I)
+_AMOUNT = r"([0-9]+(?:\.[0-9]+)?) ?(?!(?:and|or|times)\b)([a-z])[a-z]+\.?(?:,| and)? ?"
 _RELATION = re.compile(r"[<>\u2264\u2265]|\\[lg](?:t|eq?|eqslant)\b")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
 
@@ -107,26 +123,39 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
         ours, theirs = read(gold), read(guess)
         if ours is not None and theirs is not None:
             return ours == theirs
+    ours, theirs = _ratio(gold), _ratio(guess)
+    if ours and theirs:
+        return _same_ratio(*ours, *theirs)
+    ours, theirs = _amounts(gold), _amounts(guess)
+    if ours or theirs:  # math-verify would drop all but the first
+        return ours == theirs
+    for one, other in ((gold, guess), (guess, gold)):
+        named, values = _named(one), _tuple(other)
+        if named and values:
+            return values in ([*named.values()], [named[name] for name in sorted(named)])
     for one, other in ((gold, guess), (guess, gold)):  # one names its unit, the other does not
         ours, theirs = _decimal(one), _measured(other)
         if ours is not None and theirs is not None:
             return ours == theirs[0]
         if ours is not None and _MIXED.search(_quoted(other)):
-            return False  # math-verify would drop all but the first
+            return False  # as above
     ours, theirs = _measured(gold), _measured(guess)
     if ours is not None and theirs is not None:
         (number, unit), (other, named) = ours, theirs
         if number != other or unit == named or "" in (unit, named):
             return number == other  # else the same number, its units written differently
-    if bool(_RELATION.match(gold)) != bool(_RELATION.match(guess)):
+    if _is_relation(gold) != _is_relation(guess):
         return False
-    return _math_equal(gold, guess)
+    return _math_equal(_for_math_verify(gold), _for_math_verify(guess))
 
 
 def _clean(answer: str) -> str:
     r"""Without currency and math mode's dollars, outer \( \), ** ** or \text{}, extra spaces, a final full
-    stop."""
-    answer = " ".join(re.sub(r"\\?[$\u00a3\u20ac\u00a5]", "", answer).replace("\u2212", "-").split())
+    stop; signs as LaTeX writes them."""
+    answer = re.sub(r"\\?[$\u00a3\u20ac\u00a5]", "", answer)
+    answer = _ROOT.sub(r"\\sqrt{\1}", _POWER.sub(lambda m: f"^{{{normalize('NFKC', m[0])}}}", answer))
+    answer = _VULGAR.sub(lambda m: "\\frac{%s}{%s}" % (*normalize("NFKC", m[0]).split("\u2044"),), answer)
+    answer = " ".join(answer.translate(_SIGNS).replace("{:}", ":").split())
     for opens, closes in (("\\(", "\\)"), ("**", "**")):
         if answer.startswith(opens) and answer.endswith(closes) and len(answer) > 4:
             answer = answer[2:-2].strip()
@@ -158,6 +187,27 @@ def _measured(answer: str) -> tuple[Decimal, str] | None:
     return number.scaleb(_SCALES[measured[2].lower()] if measured[2] else 0), measured[3].strip()
 
 
+def _ratio(answer: str) -> tuple[list[Decimal], str] | None:
+    """A ratio or a time of day: the numbers between colons, and "a" or "p" for a.m. or p.m."""
+    found = _RATIO.fullmatch(_quoted(answer))
+    numbers = [_decimal(number.strip()) for number in found[1].split(":")] if found else [None]
+    return None if None in numbers else (numbers, (found[2] or "").lower())
+
+
+def _same_ratio(a: list[Decimal], day: str, b: list[Decimal], other: str) -> bool:
+    if day or other or 0 in a + b:  # a time, or as good as one
+        return a == b and (day == other or "" in (day, other))
+    return len(a) == len(b) and all(x * b[0] == y * a[0] for x, y in zip(a, b))
+
+
+def _amounts(answer: str) -> list[tuple[Decimal, str]] | None:
+    """"1 hour 30 min" -> [(1, "h"), (30, "m")]: two or more numbers, each with a unit; else None."""
+    text = " ".join(re.sub(r"['~]|\\[,;: ]", " ", _quoted(answer)).split())
+    if not re.fullmatch(f"(?:{_AMOUNT}){{2,}}", text, re.I):
+        return None
+    return [(Decimal(number), unit.lower()) for number, unit in re.findall(_AMOUNT, text, re.I)]
+
+
 def _assigned(answer: str) -> tuple[str, str]:
     """A lone name and the number it is set to, which may have a unit: "x = 3,000" is ("x", "3,000"), where
     math-verify would read the 3. Other answers have no name, and stay as they are."""
@@ -184,6 +234,32 @@ def _named(answer: str) -> dict | None:
     named = {name.strip(): _decimal(value.strip()) for name, _, value in entries}
     sound = 1 < len(named) == len(entries) and all(map(str.isidentifier, named))
     return named if sound and None not in named.values() else None
+
+
+def _tuple(answer: str) -> list[Decimal] | None:
+    """The plain decimals of "(1, 2)" or "\\left(1, 2\\right)"; else None."""
+    found = re.fullmatch(r"(?:\\left ?)?\(([^()\\]*)(?:\\right ?)?\)", answer)
+    values = [_decimal(value.strip()) for value in found[1].split(",")] if found else [None]
+    return None if None in values else values
+
+
+def _is_relation(answer: str) -> bool:
+    """Does it begin as a relation, or is it a set of what fulfils one?"""
+    return bool((_RELATION.search if answer.startswith("\\{") else _RELATION.match)(answer))
+
+
+def _for_math_verify(answer: str) -> str:
+    r"""Without what it misreads: 1,500\pi (as a list) and 0.\overline{3} (as 0)."""
+    joined = _THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), answer)
+    if "," not in joined and not answer.startswith(("(", "[", "\\{", "\\left")):
+        answer = joined
+
+    def fraction(found):
+        whole, fixed, period = found[1], found[2], found[3] or found[4]
+        over = int(whole + fixed + period) - int(whole + fixed or "0")
+        return f"\\frac{{{over}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}"
+
+    return _REPEATING.sub(fraction, answer)
 
 
 @lru_cache(maxsize=16384)  # a group's traces give the same answers again and again

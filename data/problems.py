@@ -127,7 +127,7 @@ def _read_problem(row: dict, name: str, place: str, domain: str, need_solution: 
                   need_answer: bool) -> Problem:
     question = _text(row, "question") or _text(row, "problem")
     solution, options = _text(row, "solution") or _text(row, "gemini_solution"), _options(row)
-    answer = _chosen(row, options) if options else _text(row, "answer")
+    answer = _chosen(row, options, solution) if options else _text(row, "answer")
     if not question:
         raise ValueError("no question: column `question` or `problem` is missing or empty")
     if options:
@@ -173,11 +173,12 @@ def _options(row: dict) -> dict[str, str]:
     return {letter: text.strip() for letter, text in pairs}
 
 
-def _chosen(row: dict, options: dict[str, str]) -> str:
-    """The right option's letter: `answer` or `answerKey` as a letter, place from 0, or the option's text."""
+def _chosen(row: dict, options: dict[str, str], solution: str) -> str:
+    """The right option's letter: `answer`, `answerKey` or the solution's box as a letter, place from 0, or the
+    option's text."""
     if type(row.get("answer")) is int and 0 <= row["answer"] < len(options):
         return list(options)[row["answer"]]
-    answer = _text(row, "answer") or _text(row, "answerKey")
+    answer = _text(row, "answer") or _text(row, "answerKey") or last_box(solution) or ""
     if answer in options:  # also where another option's text is that letter
         return answer
     named = [letter for letter, text in options.items() if text == answer]
@@ -191,7 +192,7 @@ def _text(row: dict, key: str) -> str:
     value = row.get(key)
     if value is None:
         return ""
-    if key == "answer" and type(value) in (int, float) and math.isfinite(value):
+    if key == "answer" and (type(value) is int or type(value) is float and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"`{key}` is not a text: {value!a:.40}")

@@ -356,6 +356,7 @@ def test_hub_download(tmp_path):
     {"choices": {"label": ["A", "B", "C"], "text": ["Mars", "Venus", "Earth"]}, "answerKey": "B"},  # ARC
     {"options": ["Mars", "Venus", "Earth"], "answer": "B", "answer_index": 1},  # MMLU-Pro
     {"options": {"A": "Mars", "B": "Venus", "C": "Earth"}, "answer": "Venus"},
+    {"options": ["Mars", "Venus", "Earth"], "solution": "Its air keeps the heat.\n\\boxed{B}"},
 ])
 def test_options_are_shown_in_the_question(tmp_path, row):
     row = {"question": "Which is hottest?", "solution": "Venus: its air keeps the heat."} | row
@@ -370,9 +371,10 @@ def test_options_are_shown_in_the_question(tmp_path, row):
     ({"choices": {"label": ["1", "2", "3"], "text": ["2", "1", "4"]}, "answerKey": "2"}, "2"),
     ({"choices": ["B", "O", "A"], "answer": "B"}, "B"),
     ({"choices": ["10", "3", "2"], "answer": "2"}, "C"),
+    ({"answer": 7**400}, str(7**400)),  # no float is as large
     ({"choices": [f"o{i}" for i in range(26)], "answer": 25}, "Z"),
 ])
-def test_an_answer_that_is_a_letter_is_the_letter(tmp_path, row, answer):
+def test_an_answer_is_a_letter_or_a_number(tmp_path, row, answer):
     (tmp_path / "p.jsonl").write_text(json.dumps({"question": "q"} | row) + "\n")
     assert load_problems(str(tmp_path / "p.jsonl"))[0].answer == answer
 
