@@ -429,15 +429,16 @@ def final_answer(problem: Problem) -> str:
 
 def checkpoints(solution: str) -> list[str]:
     """The reference in pieces that a trace may reach one by one: its sentences and lines, short ones joined
-    with the next. A line that only boxes the answer is none."""
+    with the next. A line that only boxes the answer is none, nor is what only opens or closes a formula."""
     lines = [line for line in solution.splitlines(keepends=True)
-             if not re.fullmatch(r"\s*\$*\\boxed\{.*\}\W*", line)]
+             if not re.fullmatch(r"\s*(?:\$\$?|\\[\[(]|\*\*)?\s*\\boxed\{.*\}\W*", line)]
     pieces = [""]
     for part in re.split(r"(?<=\n)|(?<=[.!?])(?=\s)", "".join(lines)):
         if len(pieces[-1].strip()) >= CHECKPOINT:
             pieces.append("")
         pieces[-1] += part
-    return [piece.strip() for piece in pieces if piece.strip()]
+    says = lambda piece: re.search(r"[^\W_]", re.sub(r"\\(?:begin|end)\{\w+\*?\}", "", piece))
+    return [piece.strip() for piece in pieces if says(piece)]
 
 
 def closeness(given: list[np.ndarray], without: list[np.ndarray], answered: bool) -> float:

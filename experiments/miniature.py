@@ -209,10 +209,12 @@ def measure(args, stage: str, method: str, seed: int, lr: float, run: Path | Non
 
 
 def results(args) -> list[dict]:
-    """All rows that OUT holds."""
-    rows = [row for kept in (args.out / "evaluations").glob("*.json") for row in json.loads(kept.read_text())]
+    """All rows that OUT holds; of a model measured with other --splits, too, each split once."""
     order = list(METHODS)
-    return sorted(rows, key=lambda r: (r["stage"], order.index(r["method"]), r["seed"], r["lr"], r["split"]))
+    place = lambda r: (r["stage"], order.index(r["method"]), r["seed"], r["lr"], r["split"])
+    files = sorted((args.out / "evaluations").glob("*.json"))
+    rows = {place(row): row for kept in files for row in json.loads(kept.read_text())}
+    return [rows[key] for key in sorted(rows)]
 
 
 def candidates(args, method: str) -> tuple[float, ...]:
@@ -375,13 +377,14 @@ def table(rows: list[dict], stage: str, splits: list[str]) -> str:
             if not mine:  # it was run with fewer --splits
                 cells += [""] * (len(measures) + 1)
                 continue
-            sparse = [r for r in sparse if r["seed"] in {other["seed"] for other in mine}]
             for measure in measures:
                 values = [100 * r[measure] for r in mine]
                 cells.append(f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
             cells.append("")
-            if sparse and method != "grpo":
-                solved, theirs = (np.mean([r["right"] for r in found], 0) for found in (mine, sparse))
+            both = {r["seed"] for r in mine} & {r["seed"] for r in sparse}
+            if both and method != "grpo":
+                solved, theirs = (np.mean([r["right"] for r in found if r["seed"] in both], 0)
+                                  for found in (mine, sparse))
                 difference = 100 * (solved - theirs) / max(KS)
                 low, high = bootstrap_interval(difference)
                 cells[-1] = f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"

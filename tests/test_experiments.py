@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,18 @@ def test_comparison_runs_and_reports(tmp_path):
         ("I", "base", "eval"), ("II", "base", "eval")]
     assert "| after Stage II | rate |" in done.stdout
     assert "<polyline" in (tmp_path / "dynamics.svg").read_text()
+
+
+def test_minus_grpo_is_of_the_same_seeds_and_a_split_measured_twice_counts_once(tmp_path):
+    rows = [{"stage": "I", "method": method, "seed": seed, "lr": 1e-4, "seconds": 1.0, "split": "eval",
+             "right": [right] * 4} | dict.fromkeys(("pass@1", f"pass@{max(comparison.KS)}", "worked"), 0.1)
+            for method, seed, right in (("grpo", 0, 4), ("outcome", 0, 4), ("outcome", 1, 8))]
+    (tmp_path / "evaluations").mkdir()
+    for name, some in ("a-eval", rows), ("a-eval-deep", rows[:1]):
+        (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(some))
+    found = comparison.results(SimpleNamespace(out=tmp_path))
+    assert len(found) == 3
+    assert "+0.0 (+0.0 to +0.0)" in comparison.table(found, "I", ["eval"])
 
 
 def test_a_failing_run_stops_the_comparison_with_its_message(tmp_path):

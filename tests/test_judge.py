@@ -189,6 +189,10 @@ def test_likelihood_is_how_close_a_trace_comes_to_answer_and_checkpoints():
 
 @pytest.mark.parametrize("solution, pieces", [
     ("", []), ("\\boxed{4}", []), ("$$\\boxed{4}$$.\n", []), ("Short.", ["Short."]),
+    ("\\(\\boxed{5}\\)", []), ("**\\boxed{5}**", []), ("Halve both sides of it.\n\\[\n\\boxed{5}\n\\]",
+                                                           ["Halve both sides of it."]),
+    ("\\[\n\\begin{aligned}\nx &= 6 \\cdot 4 = 24\n\\end{aligned}\n\\]",
+     ["\\[\n\\begin{aligned}\nx &= 6 \\cdot 4 = 24"]),
     ("It is 5 * 3.50 = 17.50 dollars, which leaves 2.\nSo.\n\\boxed{2}",
      ["It is 5 * 3.50 = 17.50 dollars, which leaves 2.", "So."]),
     ("One. Two. Three? Now a long one that stands alone.\n\nThe end",
