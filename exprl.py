@@ -627,6 +627,7 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
         # takes the mean over processes, where the sum is meant.
         count = int(batch.mask[rows].sum()) if settings.loss_mean == "token" else len(rows)
         denominator = max(total(count), 1) / ranks()
+        # With --kl they have: until a reward has spoken, AdamW makes full-size updates of the KL's rounding.
         if settings.kl == 0 and settings.entropy_bonus == 0:
             rows = [row for row in rows if batch.advantages[row].any()]  # the others have no gradient
         passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, group)

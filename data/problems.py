@@ -174,8 +174,8 @@ def _options(row: dict) -> dict[str, str]:
 
 
 def _chosen(row: dict, options: dict[str, str], solution: str) -> str:
-    """The right option's letter: `answer`, `answerKey` or the solution's box as a letter, place from 0, or the
-    option's text."""
+    """The right option's letter. `answer`, `answerKey` or the solution's box has it, or its place from 0, or its
+    text."""
     if type(row.get("answer")) is int and 0 <= row["answer"] < len(options):
         return list(options)[row["answer"]]
     answer = _text(row, "answer") or _text(row, "answerKey") or last_box(solution) or ""

@@ -794,7 +794,8 @@ def test_real_models_are_greedy_as_generate(name):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name, dtype", [("smollm", "float32"), ("qwen", "float32"), ("smollm", "bfloat16")])
+@pytest.mark.parametrize("name, dtype", [("smollm", "float32"), ("qwen", "float32"),
+                                         ("smollm", "bfloat16"), ("qwen", "bfloat16")])
 def test_real_models_logprobs_are_teacher_forced_ones(name, dtype):
     """float32: to 1e-4. bfloat16: as near to float32 as transformers in bfloat16 is; the shares of tokens
     with a ratio outside [0.9, 1.1] are printed."""
