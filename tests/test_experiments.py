@@ -17,6 +17,7 @@ from judge import USER
 sys.path.insert(0, str(tiny.ROOT / "experiments"))
 import behaviours  # noqa: E402
 import miniature as comparison  # noqa: E402
+import seen  # noqa: E402
 
 SIZES = ["--seeds", "0", "--steps", "2", "--steps2", "1", "--questions", "2", "--problems", "2"]
 
@@ -32,6 +33,25 @@ def test_comparison_runs_and_reports(tmp_path):
         ("I", "base", "eval"), ("II", "base", "eval")]
     assert "| after Stage II | rate |" in done.stdout
     assert "<polyline" in (tmp_path / "dynamics.svg").read_text()
+
+
+def test_what_bfloat16_sees_of_an_update(tmp_path, monkeypatch, capsys):
+    start = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    low = torch.randint(-0x7FFF, 0x8000, start.shape, generator=torch.Generator().manual_seed(1))
+    anywhere = (start.view(torch.int32) + low.int()).view(torch.float32)
+    assert seen.seen([(start, start * 1.0005)])[1:] == (0.0, 0.0)  # less than half a unit of the last place
+    assert seen.seen([(anywhere, anywhere * 1.0005)])[2] == pytest.approx(1, abs=0.3)
+    assert seen.seen([(start, start * 1.5)])[2] == pytest.approx(1, abs=0.01)
+    one, other, small = (str(tiny.save(tmp_path / str(i), seed=i // 2, num_hidden_layers=2 - i // 2))
+                         for i in range(3))
+    for after in other, small:
+        monkeypatch.setattr(sys, "argv", ["seen.py", one, after])
+        if after == other:
+            seen.main()
+            assert capsys.readouterr().out == "moved 0.00e+00, changed 0.0%, seen 100.0%\n"
+        else:
+            with pytest.raises(SystemExit, match="other layers"):
+                seen.main()
 
 
 def test_minus_grpo_is_of_the_same_seeds_and_a_split_measured_twice_counts_once(tmp_path):

@@ -98,7 +98,7 @@ def test_the_glossary_has_the_names_that_a_run_writes(world, tmp_path):
 
 FLAGS = {"reward": ["--method", "brief", "--norm", "mean"], "advantage": ["--norm", "rank"],
          "judge_prompt": ["--readout", "expected"], "domain": ["--readout", "expected"],
-         "kernel": []}
+         "kernel": [], "dither": ["--dtype", "bfloat16"]}
 
 
 def test_the_readme_lists_the_ablations_and_shows_the_first():
@@ -148,6 +148,28 @@ for twin in head.torch_row_loss_, head.triton_row_loss_:
     results.append([x.detach() for x in (*out, hidden.grad, weight.grad)])
 torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 """
+
+
+SAME_PASSES = """
+import copy, torch, exprl, tiny
+model = tiny.model(tie_word_embeddings=False).requires_grad_(False)
+for p in model.parameters():
+    p.data = p.data.bfloat16().float()
+model.model.layers[0].mlp.up_proj.weight.data[0, :4] = torch.tensor([0.0, -0.0, 1.0, -1.0])
+dithered = copy.deepcopy(model)
+exprl.dither(dithered, 0)
+again = copy.deepcopy(dithered)
+exprl.dither(again, 1)  # a resumed run's masters
+for (name, a), b, c in zip(model.named_parameters(), dithered.parameters(), again.parameters()):
+    assert torch.equal(a.bfloat16(), b.bfloat16()) and torch.equal(b, c)
+    assert torch.equal(a, b) != (name.endswith("proj.weight") or name == "lm_head.weight"), name
+"""
+
+
+def test_dithered_masters_round_to_the_same_weights(tmp_path):
+    copy_code(tmp_path, "dither")
+    done = in_copy(tmp_path, "-c", SAME_PASSES, PYTHONPATH=f"{tmp_path}:{tiny.ROOT / 'tests'}")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_kernel_of_the_ablation_equals_its_twin(tmp_path):
