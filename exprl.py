@@ -579,7 +579,9 @@ def predictors(lm: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor):
         tokens, positions, places, packed = pack(ids, mask)
         hidden = lm.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False,
                                packed=packed).last_hidden_state[0]
-        return hidden[places[:, :-1][after]], ids[:, 1:][after]
+        # Traces of a prompt share its last token. hidden[...] would add their gradients in whatever order the
+        # threads of a CPU come, index_select does not.
+        return hidden.index_select(0, places[:, :-1][after]), ids[:, 1:][after]
     hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[:, :-1][after], ids[:, 1:][after]
 

@@ -603,6 +603,14 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
         assert word in capsys.readouterr().err
 
 
+def test_gradients_of_a_shared_token_are_added_in_one_order(world):
+    """Threads that add to one place as they come gave the demo another gradient each time, from step 3 on."""
+    state, settings = build(world)
+    batch = made_up_batch(state, settings, GRADES)
+    hidden, _ = exprl.predictors(state.policy.model, batch.ids, batch.mask)
+    assert type(hidden.grad_fn).__name__ == "IndexSelectBackward0"  # not IndexBackward0
+
+
 def test_the_sampling_copy_turns_by_the_same_angles(world, monkeypatch):
     """Rotary frequencies in bfloat16 would be whole turns off after some thousand tokens."""
     monkeypatch.setattr(exprl, "fast_dtype", lambda dtype, device: dtype)
