@@ -1180,7 +1180,7 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
             for path in (metrics_file, rollouts_file):
                 write_atomically(path, (jsonl([r]) for r in each_record(path) if r["step"] <= state.step))
     logged = read_jsonl(metrics_file)
-    done = evaluated(run)
+    done = evaluated(logged)
     history = [m for m in logged if "accuracy" in m]
     if settings.log == "tensorboard" and rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -1272,9 +1272,9 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
         f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
 
 
-def evaluated(run: Path) -> set[int]:
-    """The steps whose evaluation stands in metrics.jsonl."""
-    return {m["step"] for m in read_jsonl(run / "metrics.jsonl") if "accuracy" not in m}
+def evaluated(logged: list[dict]) -> set[int]:
+    """The steps whose evaluation stands among the lines of metrics.jsonl."""
+    return {m["step"] for m in logged if "accuracy" not in m}
 
 
 def log(state: State, path: Path, metrics: dict) -> None:
@@ -1619,7 +1619,7 @@ def resume_run(run: Path, settings: Settings) -> State:
                          "--max-prompt-tokens, --max-new-tokens, --judge and --readout, by which problems "
                          "are left out), or start a new run")
     print(f"resuming {run} after step {state.step} of {settings.steps}")
-    if state.step == settings.steps and state.step in evaluated(run):
+    if state.step == settings.steps and state.step in evaluated(read_jsonl(run / "metrics.jsonl")):
         print(f"nothing is left to do: --steps for more, and `python sample.py --model {run / 'model'} ...` "
               "evaluates it on other data or with other flags")
     return state

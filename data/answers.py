@@ -39,9 +39,10 @@ MEMORY = 2 << 30  # bytes of address space for the worker (Linux only)
 # A brace or a box's start; groups: the box's brace, or its number if it has none ("\boxed 5"). A backslash
 # escaped once too often ("\\boxed") is forgiven.
 _BRACE = re.compile(r"\\\\?(?:boxed|fbox)(?:\s*(\{)|\s+(-?[0-9]+(?:[.,/][0-9]+)*))|\\.|[{}]", re.S)
+_GROUPED = r"[0-9]{1,3}(?:(?:,|\{,\}|,?\\[,!])[0-9]{3})+(?![0-9])"  # with thousands separators
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-\u2212]\\?\$?)?"  # a minus after a letter, digit or bracket is a subtraction
-    r"(?:(?:[0-9]{1,3}(?:(?:,|\{,\}|,?\\[,!])[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:(?:" + _GROUPED + r"|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][+-]?[0-9]{1,3}(?!\w)|/[0-9]+(?![0-9/]))?(?:\s?\\?%)?")
 _DECIMAL = re.compile(
     r"([+-]?)\s*([0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\[,!;: ]|[ ~])[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?"
@@ -70,7 +71,7 @@ _UNIT = re.compile(
     r"(?<=')[^0-9%]*(?:\^ ?\{? ?-?[0-9][^0-9%]*)*|(?<=ion)|(?<=dred)|(?<=sand))", re.I)
 _MIXED = re.compile(r"[0-9.}](?:[ ~']|\\[,;: ])+(?!times\b)[A-Za-z]{3,}[^0-9]*[0-9]")  # 2 hours 30 minutes
 # What stands for one number or several, each with its unit, in a form that math-verify misreads.
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,|\{,\}|,?\\[,!])[0-9]{3})+(?![0-9])")
+_THOUSANDS = re.compile(r"(?<![0-9.,])" + _GROUPED)
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar) ?(?:\{([0-9]+)\}|([0-9]))")
 _RATIO = re.compile(r"([0-9.]+(?: ?: ?[0-9.]+)+)(?:[ '~\\]*([ap])\.? ?m\.?)?", re.I)
 _AMOUNT = r"([0-9]+(?:\.[0-9]+)?) ?(?!(?:and|or|times)\b)([a-z])[a-z]+\.?(?:,| and)? ?"
@@ -173,6 +174,11 @@ def _decimal(answer: str) -> Decimal | None:
     return Decimal(f"{number[1]}{whole or 0}.{number[3] or 0}e{number[4] or number[5] or 0}")
 
 
+def _decimals(answers: list[str]) -> list[Decimal] | None:
+    values = [_decimal(answer.strip()) for answer in answers]
+    return None if None in values else values
+
+
 def _quoted(answer: str) -> str:
     return " ".join(_STYLED.sub(r" ' \1 ", answer).split())
 
@@ -190,8 +196,8 @@ def _measured(answer: str) -> tuple[Decimal, str] | None:
 def _ratio(answer: str) -> tuple[list[Decimal], str] | None:
     """A ratio or a time of day: the numbers between colons, and "a" or "p" for a.m. or p.m."""
     found = _RATIO.fullmatch(_quoted(answer))
-    numbers = [_decimal(number.strip()) for number in found[1].split(":")] if found else [None]
-    return None if None in numbers else (numbers, (found[2] or "").lower())
+    numbers = found and _decimals(found[1].split(":"))
+    return numbers and (numbers, (found[2] or "").lower())
 
 
 def _same_ratio(a: list[Decimal], day: str, b: list[Decimal], other: str) -> bool:
@@ -239,8 +245,7 @@ def _named(answer: str) -> dict | None:
 def _tuple(answer: str) -> list[Decimal] | None:
     """The plain decimals of "(1, 2)" or "\\left(1, 2\\right)"; else None."""
     found = re.fullmatch(r"(?:\\left ?)?\(([^()\\]*)(?:\\right ?)?\)", answer)
-    values = [_decimal(value.strip()) for value in found[1].split(",")] if found else [None]
-    return None if None in values else values
+    return found and _decimals(found[1].split(","))
 
 
 def _is_relation(answer: str) -> bool:
