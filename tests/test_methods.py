@@ -348,6 +348,13 @@ def test_presets_and_methods_set_what_they_say(capsys):
         settings("--method", "distill", "--updates", "2")
 
 
+def test_steps_graded_by_likelihood_are_warned_of(world, capsys):
+    for method, readout in (("process", "expected"), ("outcome", "likelihood"), ("process", "likelihood")):
+        assert "a likelihood only rises along a trace" not in capsys.readouterr().err
+        build(world, "--method", method, "--readout", readout)
+    assert "a likelihood only rises along a trace" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["process", "sft", "distill"])
 def test_each_method_runs_and_resumes_exactly(world, tmp_path, method):
     flags = [*world[1], "--method", method, "--save-every", 1, "--keep", 9, "--overlong", "judge",
