@@ -822,8 +822,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
                       max_rows=settings.max_rows,
                       cache_gb=room if judge_device == device else settings.cache_gb or None)
         if settings.method == "process" and judge.readout == "likelihood":
-            print("WARNING: a likelihood only rises along a trace, and steps graded by it have taught nothing "
-                  "in the miniature (README.md): take a --judge that can follow a rubric, 4B parameters or "
+            print("WARNING: a likelihood mostly rises along a trace, and steps graded by it taught nothing in "
+                  "the miniature (README.md): take a --judge that can follow a rubric, 4B parameters or "
                   "more, or --method outcome", file=sys.stderr)
         others = sorted({p.domain for p in train if p.domain.partition("/")[0] not in DOMAINS})
         if others and "user" not in grader.prompts:  # else the judge has one prompt, of its own
