@@ -40,6 +40,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import contextmanager, nullcontext
@@ -64,15 +65,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import MINIATURE, Problem, fingerprint, is_correct
+from data import MINIATURE, Problem, fingerprint, is_correct, split_domain
 from judge import DOMAINS, HEADING, READOUTS, Judge, Verdict, corr_in_groups, gamed, short_calibration
 from judge import with_reference
 from kernels import pack, packed_attention, policy_head, reverse_kl, token_advantages, token_logprob
 from kernels.policy_head import HeadLoss
 from kernels.token_logprob import fast_dtype
-from sample import LM, Refused, Rollout, Sampler, covers, jsonl, leave_out, load_lm, pick_device, pick_dtype
-from sample import problems_or_exit, require_plain_head, resolve_model, summary, traces_of, with_room
-from sample import write_atomically
+from sample import LM, Refused, Rollout, Sampler, covers, jsonl, leave_out, load_lm, no_traceback, pick_device
+from sample import pick_dtype, problems_or_exit, require_plain_head, resolve_model, summary, traces_of
+from sample import with_room, write_atomically
 from transformers import AttentionInterface  # behind sample: see the note there on the name `kernels`
 
 # The name has no mask function registered with it, so transformers builds no mask.
@@ -96,7 +97,7 @@ class Settings:
     max_new_tokens: int = 1024  # a trace is cut off here
     temperature: float = 0.8  # of sampling, and of every log-prob in the loss
     max_rows: int = 256  # traces decoded at the same time: lower it if memory runs out while sampling
-    cache_gb: float = 0.0  # keys and values of the policy, and of the judge; 0: as much as training leaves
+    cache_gb: float = 0.0  # keys and values of policy and judge, each; 0: what training leaves; on a CPU 4
     # judging
     readout: str = ""  # expected, critique, generate, likelihood (see judge.py); default: its own, or by size
     reference: str = "right"  # what the judge sees as reference: right, none, wrong (another problem's)
@@ -130,7 +131,7 @@ class Settings:
     # run
     seed: int = 0  # of data order and sampling: a step's batch is a function of (seed, step)
     eval_every: int = 50  # evaluate before the first step, after the last and every so many; 0 = none between
-    eval_limit: int = 200  # only the first so many held-out problems
+    eval_limit: int = 200  # only so many held-out problems, of each domain in turn
     eval_n: int = 4  # traces per held-out problem
     eval_k: tuple[int, ...] = (1, 4)  # pass@k for these k
     save_every: int = 50  # checkpoint every so many steps, and after the last; 0 = only after the last
@@ -225,9 +226,9 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     records = in_order(places, records)
     metrics = trace_metrics(settings, records)
     if (metrics["unread"] or 0) > settings.max_unread:
-        raise Stop(f"step {step}: {metrics['unread']:.0%} of the grades could not be read, more than "
-                   f"--max-unread {settings.max_unread:.0%}. The judge's replies stand at the end of "
-                   "rollouts.jsonl; calibrate it with `python judge.py`, or take another --judge or "
+        raise Stop(f"step {step}: {metrics['unread']:.0%} of the traces have a grade that could not be read, "
+                   f"more than --max-unread {settings.max_unread:.0%}. The judge's replies stand at the end "
+                   "of rollouts.jsonl; calibrate it with `python judge.py`, or take another --judge or "
                    "--readout", records)
     enter(state, "training")
     lr = learning_rate(settings, step)
@@ -402,10 +403,10 @@ def process(state: "State", settings: Settings, traces: Traces) -> Batch:
     """ExpRL-Process: a grade after each step; a step's tokens get differences of grades (Eq. 2).
 
     Problems of --outcome-domains get one grade per trace, normalised in the group, in the same batch."""
-    whole = [i for i, p in enumerate(traces.problems) if p.domain in settings.outcome_domains]
+    by_trace = [i for i, p in enumerate(traces.problems) if p.domain in settings.outcome_domains]
     by_step = [i for i, p in enumerate(traces.problems) if p.domain not in settings.outcome_domains]
     starts = {i: step_starts(state.policy, traces.rollouts[i].token_ids) for i in by_step}
-    verdicts = (grade_whole(state, settings, traces, whole)
+    verdicts = (grade_whole(state, settings, traces, by_trace)
                 | grade_steps(state, settings, traces, by_step, starts))
     return credit(settings, collate(traces.rollouts, state.device), verdicts, starts)
 
@@ -536,7 +537,7 @@ def references(policy: LM, problems: list[Problem], prompts) -> Traces:
 
 def reference_ids(policy: LM, problem: Problem) -> list[int]:
     """What SFT imitates: the reference and the end of the turn."""
-    return [*policy.encode(problem.solution), policy.turn_end]
+    return [*policy.quote(problem.solution), policy.turn_end]
 
 
 TEACHER = (
@@ -629,9 +630,10 @@ def update(state: "State", settings: Settings, batch: Batch, lr: float) -> dict:
         # takes the mean over processes, where the sum is meant.
         count = int(batch.mask[rows].sum()) if settings.loss_mean == "token" else len(rows)
         denominator = max(total(count), 1) / ranks()
-        # With --kl they have: until a reward has spoken, AdamW makes full-size updates of the KL's rounding.
+        # Rows without an advantage have a gradient through --kl and --entropy-bonus only. (With --kl, until a
+        # reward has spoken, AdamW makes full-size updates of the KL's rounding.)
         if settings.kl == 0 and settings.entropy_bonus == 0:
-            rows = [row for row in rows if batch.advantages[row].any()]  # the others have no gradient
+            rows = [row for row in rows if batch.advantages[row].any()]
         passes = microbatches(rows, batch.lengths, settings.microbatch_tokens, group)
         # Each process runs as many passes as the busiest: those beyond its own, of a short row, count 0.
         idle = max(gather(len(passes))) - len(passes)  # before the passes, in which processes meet, too
@@ -793,6 +795,8 @@ def load_state(settings: Settings, weights: str | None) -> State:
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     require_plain_head(policy.model)
+    with no_traceback(), tempfile.TemporaryDirectory() as folder:
+        policy.save_config(Path(folder))  # what cannot be saved must not be trained first
     train = fitting(policy, train, settings, TRAINING)
     held_out = fitting(policy, some_of_each(held_out, settings.eval_limit), settings, "held-out problems")
     if settings.checkpoint_activations:
@@ -822,11 +826,11 @@ def load_state(settings: Settings, weights: str | None) -> State:
                       max_rows=settings.max_rows,
                       cache_gb=room if judge_device == device else settings.cache_gb or None)
         if settings.method == "process" and judge.readout == "likelihood":
-            print("WARNING: a likelihood mostly rises along a trace, and steps graded by it taught nothing in "
-                  "the miniature (README.md): take a --judge that can follow a rubric, 4B parameters or "
-                  "more, or --method outcome", file=sys.stderr)
+            print("WARNING: a likelihood mostly rises along a trace, and steps graded by it taught nothing "
+                  "in the miniature (README.md): take a --judge that can follow a rubric, of 4B parameters "
+                  "or more, or --method outcome", file=sys.stderr)
         others = sorted({p.domain for p in train if p.domain.partition("/")[0] not in DOMAINS})
-        if others and "user" not in grader.prompts:  # else the judge has one prompt, of its own
+        if others and judge.readout != "likelihood" and "user" not in grader.prompts:  # else one for all
             print(f"judge.DOMAINS has no entry for {', '.join(others)}: graded as math", file=sys.stderr)
         whole_ones = domains if settings.method == "outcome" else settings.outcome_domains
         views = {p.id: "outcome" if p.domain in whole_ones else settings.step_view for p in train}
@@ -908,7 +912,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
             moments |= own if ranks() == 1 else {key: value.cpu() for key, value in own.items()}
     files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
     sums = {}
-    with together():
+    with together(phase="saving"):
         tmp.mkdir(parents=True, exist_ok=True)
         save_file(weights, tmp / ("model" + part), {"format": "pt"})
         save_file(moments, tmp / ("optimizer" + part))
@@ -923,7 +927,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
             small = [p for p in tmp.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
             sums |= {str(p.relative_to(tmp)): sha256(p) for p in small}
     sums = {name: digest for own in gather(sums) for name, digest in own.items()}  # each of what it wrote
-    with together():
+    with together(phase="saving"):
         if rank() == 0:
             (tmp / "sha256.json").write_text(json.dumps(sums))
             publish(tmp, target)
@@ -989,14 +993,15 @@ def restore(state: State, checkpoint: Path) -> None:
 
 def save_model(state: State, run: Path) -> None:
     """model/: the weights in the run's dtype, for transformers, vLLM, sample.py and Stage II."""
-    if rank():
-        return
     tmp, target = run / "model.tmp", run / "model"
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
-    replace(state.policy, model=state.sampling).save(tmp)  # the masters, rounded to the dtype
-    shutil.rmtree(target, ignore_errors=True)  # after a kill here --resume writes it again
-    publish(tmp, target)
+    state.phase = "saving"
+    with together(phase="saving"):
+        if rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir()
+            replace(state.policy, model=state.sampling).save(tmp)  # the masters, rounded to the dtype
+            shutil.rmtree(target, ignore_errors=True)  # after a kill here --resume writes it again
+            publish(tmp, target)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1056,9 +1061,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def together(state: "State | None" = None):
+def together(state: "State | None" = None, phase: str = "loading"):
     """Around what a process does alone: afterwards all learn whether one of them failed or, given a state,
-    was told to stop, and all raise Stop. So none waits for others that do not come."""
+    was told to stop, and all raise Stop. So none waits for others that do not come. phase: what runs, if no
+    state says it."""
     if ranks() == 1:
         yield
         return
@@ -1068,7 +1074,7 @@ def together(state: "State | None" = None):
             state.interrupts.allow()
         yield
     except (Exception, SystemExit) as error:
-        said = Stop(explain(error, state.phase if state else "loading"), by=getattr(error, "by", None),
+        said = Stop(explain(error, state.phase if state else phase), by=getattr(error, "by", None),
                     broken=getattr(error, "broken", False), refused=isinstance(error, Refused))
     if state:
         state.interrupts.defer()
@@ -1310,7 +1316,8 @@ def report(bar, history: list[dict], records: list[dict], settings: Settings) ->
     bar.set_description_str(line)
     if records and settings.show_every and metrics["step"] % settings.show_every == 0:
         record = records[metrics["step"] % len(records)]
-        grades = " ".join("unread" if g is None else f"{1 + 4 * g:.2f}" for g in record["grades"])
+        given = record["grades"] if settings.method in JUDGED else ()
+        grades = " ".join("unread" if g is None else f"{1 + 4 * g:.2f}" for g in given)
         bar.write(f"--- step {metrics['step']}, {record['problem']}: {grades and f'grade {grades} of 5, '}"
                   f"{'right' if record['correct'] else 'wrong'}\n{record['text'].strip()}\n---")
 
@@ -1453,10 +1460,11 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset", None), given.pop("resume", None)
     if resume:
-        config = resume / "config.json"  # a model's folder has one, too
-        base = json.loads(config.read_text()).get("settings") if config.exists() else None
-        if base is None:
-            parser.error(f"--resume {resume}: no config.json of a run there; name a run's folder")
+        try:
+            base = json.loads((resume / "config.json").read_text())["settings"]  # a model's has none
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--resume {resume}: no config.json of a run there ({type(error).__name__}); name a "
+                         "run's folder")
         base, given = from_anywhere(base), from_anywhere(given)
         for name in ("model", "data", "seed", "questions", "group", "out", "method", *IGNORED_BY):
             if given.get(name, base[name]) != base[name]:
@@ -1497,12 +1505,11 @@ def from_anywhere(values: dict) -> dict:
         return str(path.absolute()) if name and found else name
 
     def data(spec):  # [DOMAIN=]FILE, or FOLDER[:CONFIG[:SPLIT]]
-        domain, equals, rest = spec.partition("=")
-        if not equals or Path(spec).exists():
-            domain, equals, rest = "", "", spec
+        domain, rest = split_domain(spec)
         source, colon, more = rest.partition(":")
         path = Path(source).expanduser()
-        return f"{domain}{equals}{path.absolute()}{colon}{more}" if source and path.exists() else spec
+        found = f"{domain and domain + '='}{path.absolute()}{colon}{more}"
+        return found if source and path.exists() else spec
 
     names = {name: model(values[name]) for name in ("model", "judge") if name in values}
     return values | names | {name: list(map(data, values[name])) for name in ("data", "eval_data")
@@ -1693,8 +1700,6 @@ def main(argv=None) -> None:
         give_up(error, explain(error))
     config = {"settings": dataclasses.asdict(settings), "train_fingerprint": fingerprint(state.train),
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
-    if rank() == 0 and state.step < settings.steps:  # else nothing will be done with these settings
-        write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
     size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
     judge = ("no judge" + " (exact match)" * (settings.method == "grpo") if state.judge is None
              else f"judge {settings.judge}, {state.judge.about}")
@@ -1706,6 +1711,8 @@ def main(argv=None) -> None:
     go_on = (f"to go on: {'torchrun ... ' if ranks() > 1 else 'python '}exprl.py --resume "
              f"{shlex.quote(str(run))}")
     try:
+        if rank() == 0 and state.step < settings.steps:  # else nothing will be done with these settings
+            write_atomically(run / "config.json", json.dumps(config, indent=1) + "\n")
         run_training(state, settings, run)
     except Stop as stop:
         if stop.refused and leave_nothing(state, run, resume):
@@ -1714,7 +1721,8 @@ def main(argv=None) -> None:
         # a signal's own exit status, so that a script does not go on with what comes next
         raise SystemExit(1 if stop.by is None else 128 + stop.by if ranks() == 1 else 0) from stop
     except Exception as error:
-        if isinstance(error, Refused) and leave_nothing(state, run, resume):
+        begun = (run / "config.json").exists()
+        if (isinstance(error, Refused) or not begun) and leave_nothing(state, run, resume):
             go_on = "nothing was begun"
         give_up(error, f"{explain(error, state.phase)}\n{go_on}")
     finally:

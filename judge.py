@@ -517,7 +517,7 @@ def calibrate(judge: Judge, problems: list[Problem], records: list[dict], condit
     verdicts = verdicts_on(judge, problems, records, condition, seed)
     seconds, tokens = time.perf_counter() - start, judge.tokens - tokens
     s = scores(verdicts)
-    gaps = np.abs(s[:16] - grade_records(judge, problems, records[:16][::-1], condition, seed)[::-1])
+    gaps = np.abs(s[:16] - scores(verdicts_on(judge, problems, records[:16][::-1], condition, seed))[::-1])
     return {"condition": condition, "readout": judge.readout} | agreement(verdicts, records, seed) | {
         "repeat_gap": 4 * float(gaps[~np.isnan(gaps)].max(initial=0)),
         "tokens_per_grade": tokens / len(s), "seconds_per_grade": seconds / len(s), "scores": s.tolist()}
@@ -532,10 +532,6 @@ def verdicts_on(judge: Judge, problems: list[Problem], records: list[dict], cond
 def scores(verdicts: list[Verdict]) -> np.ndarray:
     """(N,) in [0,1], NaN where the judge could not be read."""
     return np.array([v.grades[0] for v in verdicts])
-
-
-def grade_records(*asked) -> np.ndarray:
-    return scores(verdicts_on(*asked))
 
 
 def agreement(verdicts: list[Verdict], records: list[dict], seed: int) -> dict:
@@ -656,7 +652,8 @@ def probe_traces(problem: Problem, right: str, wrong: str, rng: np.random.Genera
 
 def last_line(text: str) -> int:
     """Where the final answer starts: the last box, else the last line."""
-    return max(text.rfind("\\boxed"), text.rstrip().rfind("\n") + 1, 0)
+    box = text.rfind("\\boxed")
+    return box if box >= 0 else text.rstrip().rfind("\n") + 1
 
 
 def bump(text: str, last: bool = False) -> str:
@@ -699,7 +696,7 @@ def continue_prefixes(policy: LM, problems: list[Problem], records: list[dict], 
     for r in records:
         problem, some = by_id[r["problem"]], [step for step in HEADING.split(r["text"]) if step]
         chat, texts = policy.chat(problem.question), ["".join(some[: k + 1]) for k in range(len(some))]
-        asked = [chat + policy.encode(text) for text in texts]
+        asked = [chat + policy.quote(text) for text in texts]
         if max(map(len, asked), default=0) <= room:
             kept.append(r), steps.append(some)
             prefixes += [(problem, text) for text in texts]
@@ -780,7 +777,7 @@ def short_calibration(judge: Judge, problems: list[Problem], records: list[dict]
     word, reason = usable({"readout": judge.readout} | agreement(own, records, seed))
     if len(problems) == 1:
         return word, f"{reason}; one problem has no other's reference to be compared with"
-    other = grade_records(judge, problems, [r for r in records if r["correct"]], "wrong", seed)
+    other = scores(verdicts_on(judge, problems, [r for r in records if r["correct"]], "wrong", seed))
     both, first = np.concatenate([scores(own)[good], other]), np.arange(2 * len(other)) < len(other)
     match = auroc(both[~np.isnan(both)], first[~np.isnan(both)])
     if word != "noise" and match < 0.7:
@@ -873,8 +870,11 @@ def main() -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     lm = load_lm(args.judge, device, dtype)
-    if args.judge == parser.get_default("judge"):
+    if Path(lm.name).resolve() == MINIATURE / "judge":
         args.policy = args.policy or str(MINIATURE / "policy")
+    judges = [Judge(lm.model, lm.tokenizer, lm.prompts, readout) for readout in args.readout]
+    for judge in judges if args.prefixes else ():
+        judge.check_view("prefix")
     policy = load_lm(args.policy, device, dtype) if args.policy else lm
     sampled = None
     if records is None:
@@ -889,7 +889,6 @@ def main() -> None:
     if len(problems) == 1 and {"wrong"} < {*args.conditions}:
         print("one problem has no other's reference: condition wrong is left out")
         args.conditions = [condition for condition in args.conditions if condition != "wrong"]
-    judges = [Judge(lm.model, lm.tokenizer, lm.prompts, readout) for readout in args.readout]
     continued, report = None, {"judge": Path(lm.name).name, "traces": len(records), "readouts": []}
 
     def save():
@@ -899,8 +898,6 @@ def main() -> None:
             write_atomically(args.out, json.dumps(numbers, indent=1) + "\n")
 
     if args.prefixes:
-        for judge in judges:
-            judge.check_view("prefix")
         print(f"{policy.name} goes on {args.prefixes} times from each step of its traces", flush=True)
         with no_traceback():
             continued = continue_prefixes(policy, problems, records, args.prefixes, args.max_new_tokens,

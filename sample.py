@@ -43,6 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 # Where Hugging Face's optional package `kernels` is installed, too, transformers would import ours for it.
@@ -111,7 +112,8 @@ class LM:
 
     def chat(self, question: str) -> list[int]:
         """The prompt of a problem, as token ids: system prompt, question, and the start of the answer."""
-        messages = [{"role": "system", "content": self.prompts.get("system", SYSTEM_PROMPT)},
+        own = {} if "user" in self.prompts else self.prompts  # a judge's prompts.json is not a policy's
+        messages = [{"role": "system", "content": own.get("system", SYSTEM_PROMPT)},
                     {"role": "user", "content": question}]
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
                                                        return_dict=False, **TEMPLATE_OPTIONS))
@@ -139,7 +141,7 @@ class LM:
     def text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
+    def quote(self, text: str) -> list[int]:
         """Text of others: what looks like a special token is spelled out."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -208,7 +210,7 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
                                                          trust_remote_code=False, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:  # raised for a missing, offline or gated repository
+    except (OSError, ValueError, SafetensorError) as error:  # damaged; or missing, offline, gated
         hub = ("\n  - no network? download the repository elsewhere and give its folder: --model /the/folder"
                "\n  - already in a cache? set HF_HOME to it (and HF_HUB_OFFLINE=1)"
                "\n  - a gated model? accept its licence on the hub and log in with `hf auth login`")
@@ -235,6 +237,10 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     # A base model (Qwen2.5-1.5B) names the end of a document only. Prompted as a chat it closes its turn with
     # another token, and would go on with the user's next turn, and answer that.
     ends = end_tokens(model)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample: transformers loads that, and refuses to save it
+        model.generation_config.do_sample = True
     if lm.turn_end not in (None, *ends):
         model.generation_config.eos_token_id = [*ends, lm.turn_end]
     return lm
@@ -700,8 +706,8 @@ class Sampler:
             return []
         ends = end_tokens(self.model) if end_ids is None else end_ids
         if not ends and end_ids is None:
-            raise ValueError("the model's generation_config.json names no eos_token_id: add it, or give "
-                             "end_ids")
+            raise Refused("the model's generation_config.json names no eos_token_id: add it, or give "
+                          "end_ids")
         longest = pages_of(max(map(len, prompts)) + max_new_tokens)
         results: list[Rollout | None] = [None] * (n * len(prompts))
         rows = Rows(min(self.max_rows, len(results)), longest, len(results), max_new_tokens, temperature,
@@ -721,8 +727,10 @@ class Sampler:
             try:
                 self.model.eval()
                 for work in waiting:
-                    self.sample_slowly(list(work.traces), rows)
-                    hand_over(work.traces)
+                    traces = list(work.traces)
+                    for i in range(0, n, self.max_rows):
+                        self.sample_slowly(traces[i : i + self.max_rows], rows)
+                    hand_over(traces)
             finally:
                 self.model.train(training)
             return results
@@ -835,8 +843,8 @@ class Sampler:
                 rows.address(row)
 
     def sample_slowly(self, traces: list[Trace], rows: Rows) -> None:
-        """With transformers' own cache, for layers that pages do not cover: the traces of one prompt as a
-        batch of equal lengths, so that nothing is padded."""
+        """With transformers' own cache, for layers that pages do not cover: traces of one prompt as a batch
+        of equal lengths, so that nothing is padded."""
         device, past = self.model.device, None
         ids = torch.tensor([trace.prompt for trace in traces], device=device)
         noise = torch.from_numpy(np.stack(
@@ -1221,10 +1229,10 @@ def summary(records: list[dict], n: int, ks) -> dict:
 
 @contextmanager
 def no_traceback():
-    """For a program: the ValueErrors of what stands inside name what is wrong and the remedy."""
+    """For a program: the errors of what stands inside name what is wrong and the remedy, or the file."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
 
 
@@ -1320,6 +1328,8 @@ def new_file(text: str) -> Path:
     path = path.resolve()  # it is renamed into its place: not into that of a link
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist: create it")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} cannot be written: choose another")
     return path
 
 

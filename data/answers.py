@@ -64,11 +64,13 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 _EXPONENT = r"(?: ?\^ ?\{? ?-?[0-9]\}?)"
 # A number, perhaps "million", and its unit: "18 books", "3 million", "1.6e-19 ' J", "9.8 ' m / ' s ^2" (a
 # quote stands for \text). Bare units have four letters or are well known: "3 m" may be a product.
+_SYMBOLS = r"[kMG]?eV|AU|[kM]?pc|kg|[kMG]?Hz|k?Pa|USD|EUR|[cmk]m"
 _UNIT = re.compile(
     r"(.*?[0-9.}])(?:[ ~']|\\[,;: ])+(?!.*\b" + _CHANGES + r")(?:(" + "|".join(_SCALES) + r")s?\b ?)?"
-    r"([a-z]{4,}(?: [a-z]{2,}){0,3}|(?-i:[kMG]?eV|AU|[kM]?pc|ergs?|kg|[kMG]?Hz|k?Pa|USD|EUR|"
-    r"[cmk]m|[cmk]?m(?:" + _EXPONENT + "|/(?:s|h|min)" + _EXPONENT + r"?))|"
+    r"([a-z]{4,}(?: [a-z]{2,}){0,3}|"
+    r"(?-i:" + _SYMBOLS + "|ergs?|[cmk]?m(?:" + _EXPONENT + "|/(?:s|h|min)" + _EXPONENT + r"?))|"
     r"(?<=')[^0-9%]*(?:\^ ?\{? ?-?[0-9][^0-9%]*)*|(?<=ion)|(?<=dred)|(?<=sand))", re.I)
+_SYMBOL = re.compile(r"[0-9.}](?:[ ~']|\\[,;: ])+(" + _SYMBOLS + r"|m)[ ']*\Z")
 _MIXED = re.compile(r"[0-9.}](?:[ ~']|\\[,;: ])+(?!times\b)[A-Za-z]{3,}[^0-9]*[0-9]")  # 2 hours 30 minutes
 # What stands for one number or several, each with its unit, in a form that math-verify misreads.
 _THOUSANDS = re.compile(r"(?<![0-9.,])" + _GROUPED)
@@ -145,6 +147,9 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
         (number, unit), (other, named) = ours, theirs
         if number != other or unit == named or "" in (unit, named):
             return number == other  # else the same number, its units written differently
+    ours, theirs = _SYMBOL.search(_quoted(gold)), _SYMBOL.search(_quoted(guess))
+    if ours and theirs and ours[1] != theirs[1]:  # math-verify would drop km and m alike
+        return False
     if _is_relation(gold) != _is_relation(guess):
         return False
     return _math_equal(_for_math_verify(gold), _for_math_verify(guess))

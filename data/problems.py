@@ -71,7 +71,7 @@ def load_problems(spec: str | list[str], *, split: str = "train", skip_bad_rows:
     """
     specs = [spec] if isinstance(spec, (str, Path)) else spec
     files, domains = [], []
-    for domain, one in map(_split_domain, map(str, specs)):
+    for domain, one in map(split_domain, map(str, specs)):
         files += _find_files(one, split)
         domains += [domain] * (len(files) - len(domains))
     full = [file.absolute() for file in files]
@@ -241,7 +241,7 @@ def _read_rows(file: Path):
 
 # ---- files ----
 
-def _split_domain(spec: str) -> tuple[str, str]:
+def split_domain(spec: str) -> tuple[str, str]:
     """"science=FILE" -> ("science", "FILE"); ("", spec) without a domain."""
     found = re.fullmatch(r"([A-Za-z][\w-]*)=(.+)", spec)
     return found.groups() if found and not Path(spec).exists() else ("", spec)

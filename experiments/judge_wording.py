@@ -27,7 +27,7 @@ from sample import LM, TEMPLATE_OPTIONS, Sampler, load_lm, pick_device, pick_dty
 from sample import problems_or_exit  # noqa: E402
 from data import Problem, extract_answer  # noqa: E402
 from judge import ASK, CONCLUDE, CONCLUSION, DIGITS, READOUTS, STEM, UNSEEN, USER, Judge, rubric  # noqa: E402
-from judge import auroc, centred, correlation, expected_grade, grade_records  # noqa: E402
+from judge import auroc, centred, correlation, expected_grade, scores, verdicts_on  # noqa: E402
 from judge import interval_over_problems, read_traces, with_ask, with_reference  # noqa: E402
 
 RUBRIC = rubric("outcome", "math")
@@ -188,7 +188,7 @@ def main() -> None:
             report(name, *found[:, v])
     for readout in args.readouts:
         judge = Judge(lm.model, lm.tokenizer, readout=readout)
-        report(f"readout {readout}", *(grade_records(judge, problems, records, condition, 0)
+        report(f"readout {readout}", *(scores(verdicts_on(judge, problems, records, condition, 0))
                                        for condition in ("right", "wrong")))
 
 

@@ -101,6 +101,7 @@ def test_extract_answer(text, answer):
     ("1 hour 30 minutes", r"1\text{ hr } 30\text{ min}"), ("5 feet, 6 inches", "5 ft and 6 in"),
     ("x=3, y=4", "(3,4)"),
     (r"10^3\text{ kg}", r"1000\ \mathrm{kg}"), (r"\sqrt{10}", "10^{1/2}"),
+    ("5 km", r"5\text{ km}"), ("5 m", "5 meters"), ("5", r"5 \text{ m}"), ("5 kg", "5"),
 ])
 def test_same_answer(gold, guess):
     assert is_correct(boxed(guess), gold)
@@ -131,6 +132,7 @@ def test_same_answer(gold, guess):
     ("18", "USD 19"), ("18", "****"), ("8", "2**3 + 2**1"), ("10^{-20}", "10^{-19}"),
     (r"1.6 \times 10^{-19} \mathrm{J}", r"1.7 \times 10^{-19} \mathrm{J}"),
     (r"0.0000002 \text{ m}", r"0.0000001 \text{ m}"),
+    ("5 km", "5 m"), ("12 kg", "12 m"), (r"5\text{ km}", r"5 \text{m}"), ("5 cm", "5 mm"),
 ])
 def test_other_answer(gold, guess):
     assert not is_correct(boxed(guess), gold)

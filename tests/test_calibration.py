@@ -18,8 +18,8 @@ from data import Problem, is_correct, load_problems
 from data import miniature as mini
 from exprl import Settings, trace_metrics
 from judge import (Judge, Verdict, auroc, calibrate, calibrate_prefixes, centred, continue_prefixes,
-                   corr_in_groups, correlation, gain, gamed, probe, probe_traces, read_traces,
-                   short_calibration, usable, with_reference)
+                   corr_in_groups, correlation, gain, gamed, last_line, probe, probe_traces,
+                   read_traces, short_calibration, usable, with_reference)
 from sample import load_lm
 
 sys.path.append(str(tiny.ROOT / "experiments"))
@@ -152,6 +152,12 @@ def test_probes_are_what_they_say():
         again = probe_traces(replace(problem, answer=answer), right, wrong, np.random.default_rng(0))
         assert again == made
     assert len(made["very long noise"][0].split()) == 600 and len(made["grade 5, in many forms"]) > 4
+
+
+def test_the_answer_starts_at_the_last_box():
+    for text, rest in (("7 is right.\nSo \\boxed{7}.\nThat is all.", "\\boxed{7}.\nThat is all."),
+                       ("one\nand 3\n", "and 3\n"), ("3", "3"), ("", "")):
+        assert text[last_line(text):] == rest
 
 
 def test_probes_of_an_answer_without_digits():
@@ -290,6 +296,15 @@ def test_a_stop_loses_no_condition_that_was_graded(tmp_path, monkeypatch):
     assert asked == ["right", "none", "wrong"]
     assert [c["condition"] for c in row["conditions"]] == ["right", "none"]
     assert (tmp_path / "o.traces.jsonl.partial").read_text().count("\n") == 1 + 6  # none is sampled again
+
+
+def test_a_judge_is_refused_before_any_trace_is_sampled(tmp_path):
+    folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 3)
+    own = {"system": {"outcome": "grade"}, "user": "{question}{reference}{trace}"}
+    (folder / "prompts.json").write_text(json.dumps(own))
+    done = tiny.run("judge.py", "--judge", folder, "--data", data, "--prefixes", 1, check=False)
+    assert done.returncode and "does not know the view 'prefix'" in done.stderr
+    assert "writes" not in done.stdout
 
 
 # ---- the watch on a run ----

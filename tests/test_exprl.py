@@ -1,6 +1,7 @@
 """Training: gradients, batches, exact resume, kills, signals, refusals. Real runs on tiny checkpoints."""
 
 import dataclasses
+import errno
 import json
 import math
 import random
@@ -8,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +134,37 @@ def test_what_never_began_leaves_no_folder(world, tmp_path, monkeypatch):
     with pytest.raises(exprl.Stop, match="raise it") as stop, exprl.together():
         raise exprl.Refused("raise it")
     assert stop.value.refused  # what main deletes the folder by
+    with pytest.raises(exprl.Stop, match="failed while saving: .*No space"), exprl.together(phase="saving"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_cannot_be_written_or_saved_is_found_before_training(world, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run, flags = tmp_path / "run", [*world[1], "--method", "grpo", "--steps", "1"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="(?s)No space.*nothing was begun"):
+        patched.setattr(exprl, "write_atomically", full)
+        exprl.main([*flags, "--out", str(run)])
+    assert not run.exists()
+
+    def refused(*_):
+        raise ValueError("this configuration cannot be saved")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="cannot be saved"):
+        patched.setattr(exprl.LM, "save_config", refused)
+        exprl.main([*flags, "--out", str(run)])
+    assert not run.exists()
+    exprl.main([*flags, "--out", str(run)])
+
+
+def test_a_shown_trace_has_a_grade_only_if_a_judge_gave_one(capsys):
+    record = {"problem": "p/1", "grades": [1.0, None], "correct": True, "text": "So 4."}
+    bar = types.SimpleNamespace(disable=True, write=print, set_description_str=lambda _: None)
+    for method, word in (("process", "p/1: grade 5.00 unread of 5, right"), ("grpo", "p/1: right")):
+        settings = replace(Settings(), method=method, show_every=1)
+        exprl.report(bar, [{"step": 1, "seconds": 1.0, "sample_tok_s": 9.0}], [record], settings)
+        assert f"step 1, {word}\nSo 4.\n" in capsys.readouterr().out
 
 
 def test_batches_are_a_function_of_seed_and_step_and_straddle_epochs():
@@ -555,8 +589,11 @@ def test_resume_refuses_another_run(world, whole, tmp_path):
                        (["--norm", "mean"], "--norm cannot")):
         done = tiny.inside("--resume", whole[0], *more, check=False)
         assert done.returncode and word in done.stderr
-    done = tiny.inside("--resume", tmp_path, check=False)
-    assert done.returncode and "config.json" in done.stderr
+    for text in (None, '{"settings": {', "[]", "{}"):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        done = tiny.inside("--resume", tmp_path, check=False)
+        assert done.returncode and "no config.json of a run there" in done.stderr
     done = tiny.inside("--resume", whole[0], "--steps", 5, check=False)  # it would not have stopped at all
     assert done.returncode and "already reached step_6, and --steps is 5" in done.stderr
     finished = tiny.inside("--resume", whole[0], "--eval-n", 5)  # the table again

@@ -113,7 +113,7 @@ def test_a_real_models_gradient_is_plain_transformers(name, dtype, least):
     the head, in `dtype`; against row by row, through the logits, with eager attention, in float32."""
     lm = tiny.real_model(name)
     prompts = [lm.chat("What is 17 * 23?")] * 2 + [lm.chat("How many eggs are in 3 boxes of 12?")] * 2
-    traces = [lm.encode(text) for text in (
+    traces = [lm.quote(text) for text in (
         "### Multiply\n17 * 23 = 391, so \\boxed{391}.", "It is 17 + 23 = 40.",
         "3 * 12 = 36 eggs: \\boxed{36}", "### Add\n12 + 3 = 15")]
     advantages = torch.tensor([1.0, -0.7, 0.4, -1.1])

@@ -372,10 +372,39 @@ def test_other_families_take_the_slow_path(capsys):
     bodies = [r.token_ids[: len(r.token_ids) - r.finished] for r in rollouts]
     again = sampler.next_logits([p + list(b) + [7, 8] for p, b in zip(prompts, bodies)], [3, 1])
     assert torch.allclose(logits, again, atol=1e-4)
+    rows = []
+    hook = net.register_forward_pre_hook(lambda _, args, given: rows.append(len(given["input_ids"])),
+                                         with_kwargs=True)
+    few = Sampler(net, max_rows=3).sample(prompts[:1], 7, 20, 0.7, seed=5)
+    hook.remove()
+    assert max(rows) == 3 and len(few) == 7
+    assert [r.token_ids for r in few[:2]] == [r.token_ids for r in before[:2]]
     net.gradient_checkpointing_enable()  # in training mode transformers then keeps no cache
     net.train()
     assert [r.token_ids for r in sampler.sample(prompts, 2, 20, 0.7, seed=5)] == [r.token_ids for r in before]
     assert net.training
+
+
+def test_a_folder_that_only_loads_is_saved_too(tmp_path):
+    """Sampling flags without do_sample, as hubs have them: transformers loads and refuses to save them."""
+    folder = tiny.save(tmp_path / "m")
+    config = folder / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": 256, "temperature": 0.6, "top_p": 0.9}))
+    lm = load_lm(str(folder))
+    lm.save(tmp_path / "again")
+    assert sample.end_tokens(load_lm(str(tmp_path / "again")).model) == sample.end_tokens(lm.model) == [256]
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(SystemExit, match=f"cannot load {folder}"):
+        load_lm(str(folder))
+
+
+def test_the_prompts_of_a_judge_are_no_policys(tmp_path):
+    folder = tiny.save(tmp_path / "m")
+    plain = load_lm(str(folder)).chat("1 + 1?")
+    (folder / "prompts.json").write_text(json.dumps({"user": "{question}", "system": {"outcome": "grade"}}))
+    assert load_lm(str(folder)).chat("1 + 1?") == plain
+    (folder / "prompts.json").write_text(json.dumps({"system": "Be brief."}))
+    assert "Be brief." in (lm := load_lm(str(folder))).tokenizer.decode(lm.chat("1 + 1?"))
 
 
 @pytest.mark.parametrize("family, what", [("Granite", dict(logits_scaling=8.0)), ("Cohere", {}), ("Phi", {})])
@@ -635,7 +664,7 @@ def test_one_long_question_does_not_cut_all_traces_short(tmp_path, capsys):
         sample.with_room([lm], problems, 600)
 
 
-def test_out_is_a_plain_file_or_a_link_to_one(tmp_path):
+def test_out_is_a_plain_file_or_a_link_to_one(tmp_path, monkeypatch):
     """It is renamed into its place: a device or pipe would be gone, and a link no link any more."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
@@ -644,6 +673,9 @@ def test_out_is_a_plain_file_or_a_link_to_one(tmp_path):
             sample.new_file(str(tmp_path / name))
     (tmp_path / "other").symlink_to(tmp_path / "file")
     assert sample.new_file(str(tmp_path / "other")) == tmp_path / "file"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root, everything may be written
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be written"):
+        sample.new_file(str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("program, flags, message", [
