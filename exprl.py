@@ -897,7 +897,7 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
     go on from them. Written beside its final name, flushed, then renamed: a kill at any time leaves the older
     ones usable."""
     target = run / "checkpoints" / f"step_{state.step}"
-    if target.exists():
+    if gather(target.exists())[0]:  # as one process sees the disk
         return
     state.phase = "saving"
     state.interrupts.defer()  # a signal waits for the save it asks for
@@ -1015,8 +1015,8 @@ def join() -> None:
     """Under torchrun, meet the other processes: NCCL moves tensors of GPUs, gloo all else."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # else a CPU is asked for, or own_device() says what is missing
     # One may wait for the other's longest traces; one that dies is noticed at once, by torchrun and gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             timeout=timedelta(hours=6))
@@ -1025,13 +1025,15 @@ def join() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-def leave() -> None:
-    """The processes end together and at once: a teardown while another still works was seen to abort."""
+def leave(code: int = 0) -> None:
+    """The processes end at once, and unless one has failed together: a teardown while another still works was
+    seen to abort."""
     if ranks() > 1:
-        gather(None)
-        for stream in (sys.stdout, sys.__stdout__, sys.__stderr__):
+        if code == 0:
+            gather(None)
+        for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
             stream.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def ranks() -> int:
@@ -1070,14 +1072,16 @@ def together(state: "State | None" = None, phase: str = "loading"):
         return
     said = None
     try:
-        if state:
-            state.interrupts.allow()
-        yield
+        try:
+            if state:
+                state.interrupts.allow()
+            yield
+        finally:
+            if state:
+                state.interrupts.defer()
     except (Exception, SystemExit) as error:
         said = Stop(explain(error, state.phase if state else phase), by=getattr(error, "by", None),
                     broken=getattr(error, "broken", False), refused=isinstance(error, Refused))
-    if state:
-        state.interrupts.defer()
     for stop in gather(said):
         if stop:
             raise stop
@@ -1124,7 +1128,7 @@ def own_device(name: str, asked: str) -> str:
     """What the flag of this name asks for, for this process."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(f"cuda:{local + int(asked)}" if asked.startswith("+") else asked, f"{name} {asked}")
-    return f"cuda:{local}" if device == "cuda" else device
+    return pick_device(f"cuda:{local}", f"{name} {asked}, process {local}") if device == "cuda" else device
 
 
 def split(state: "State") -> None:
@@ -1143,14 +1147,16 @@ def split(state: "State") -> None:
 
 
 class Interrupts:
-    """SIGTERM and Ctrl-C end the run in order: at once while the weights stand still (the step is dropped),
-    and once the step is logged while they move."""
+    """SIGTERM, Ctrl-C and a terminal that goes away end the run in order: at once while the weights stand
+    still (the step is dropped), and once the step is logged while they move."""
 
     def __init__(self):
         self.deferred, self.waiting = ranks() > 1, None  # several processes stop in `together` only
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        wanted = (s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+                  if signal.getsignal(s) != signal.SIG_IGN)  # nohup ignores one
+        self.before = {s: signal.signal(s, self.handle) for s in wanted}
         return self
 
     def __exit__(self, *_):
@@ -1177,6 +1183,7 @@ class Interrupts:
         self.deferred = False
         if self.waiting:
             number, self.waiting = self.waiting, None
+            self.deferred = ranks() > 1  # one is enough: a second must not keep this process from the others
             raise Stop(f"stopped by {signal.Signals(number).name}", by=number)
 
 
@@ -1550,6 +1557,11 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
          "--questions must be at least --updates x processes: in each update each needs a problem"),
         (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
          "under torchrun each process takes the GPU of its number: leave --device out"),
+        (ranks() > 1 and s.judge_device.startswith("cuda"),
+         "under torchrun --judge-device is +N: the judge of each process on a GPU of its own"),
+        (s.judge_device[:1] == "+" and s.judge_device[1:].isdigit()
+         and 0 < int(s.judge_device) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+         "--judge-device +N: N must be at least the number of processes, whose own GPUs train"),
         (s.seed >= 2**32, "--seed must be below 2^32: beside it a step's number has room in 64 bits"),
         (not 0 <= s.warmup <= 1, "--warmup is a share of the steps: it must lie between 0 and 1"),
         (s.judge_device.startswith("+") and not s.judge_device[1:].isdigit(),
@@ -1606,7 +1618,7 @@ def resume_run(run: Path, settings: Settings) -> State:
     """The state of the newest checkpoint that is as it was written."""
     with together():
         held = lock(run)
-    saved = complete_checkpoints(run)
+    saved = gather(complete_checkpoints(run))[0]  # as one process sees the disk
     if saved and int(saved[-1].name[5:]) > settings.steps:
         raise SystemExit(f"{run} has already reached {saved[-1].name}, and --steps is {settings.steps}: "
                          "ask for more, or start a new run from one of its checkpoints: --model CHECKPOINT")
@@ -1742,5 +1754,12 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if ranks() == 1:
+            raise
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        leave(end.code if isinstance(end.code, int) else bool(end.code))
     leave()

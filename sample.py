@@ -147,7 +147,10 @@ class LM:
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that AutoModelForCausalLM, vLLM and this project load."""
-        self.model.save_pretrained(folder)
+        own = {}  # tied ones once. On a GPU transformers would copy there what side_by_side() has moved
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            own.setdefault(id(tensor), (name, tensor))
+        self.model.save_pretrained(folder, state_dict={name: t.detach().cpu() for name, t in own.values()})
         self.save_config(folder)
 
     def save_config(self, folder: Path) -> None:
@@ -556,7 +559,8 @@ class Prefill:
         where = upload(torch.tensor([source, page, offset], dtype=torch.long), self.pool.device)
         self.source, self.page, self.offset = where.unbind()
         self.plan = plan_prefill([(p.spans, [page.index for page in p.pages]) for p in pieces],
-                                 heads // self.pool.shape[3], self.pool.dtype, self.pool.device)
+                                 heads // self.pool.shape[3], self.pool.shape[5], self.pool.dtype,
+                                 self.pool.device)
 
     def pages(self, layer) -> None:
         """Some keys are not kept: written below."""
@@ -996,10 +1000,10 @@ class Sampler:
 
         On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
         cuda = self.model.device.type == "cuda"
-        width = longest
-        if self.graphs:  # a power of two, so that somewhat longer prompts need neither pages nor graphs anew
-            width = 2 ** (longest - 1).bit_length()
-        wanted = rows * width + self.prefill_tokens // PAGE
+        pages, width = longest, longest
+        if self.graphs:  # rounded up: somewhat longer prompts shall need neither pages nor graphs anew
+            pages, width = bucket(longest), 2 ** (longest - 1).bit_length()
+        wanted = rows * pages + self.prefill_tokens // PAGE
         try:
             self.network = Network(self.model)  # before the addresses are read: it may move weights
             addresses = [p.data_ptr() for p in self.model.parameters()] if cuda else []
@@ -1113,7 +1117,7 @@ class Graphs:
 
 
 def bucket(rows: int) -> int:
-    """Rows rounded up to 1, 2, 4, 8, and from there on four sizes per doubling: at most 25% padding."""
+    """Rounded up to 1, 2, 4, 8, and from there on four sizes per doubling: at most 25% padding."""
     power = 2 ** (rows - 1).bit_length()
     step = power // 8 if rows > 8 else power
     return -(-rows // step) * step
@@ -1253,8 +1257,9 @@ def pick_device(device: str, said: str = "") -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype == "auto":  # before Ampere bfloat16 is emulated, and our kernels for it do not fit
+        fast = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = "bfloat16" if fast else "float32"
     return getattr(torch, dtype)
 
 

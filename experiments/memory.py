@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernels.token_logprob import chunk_rows, fast_dtype  # noqa: E402
-from sample import head_size  # noqa: E402
+from sample import PAGE, bucket, head_size, pages_of  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402  behind sample: see the note there
 
 
@@ -44,6 +44,8 @@ def memory(config, settings, ranks=1, dtype=torch.bfloat16, device="cuda", promp
     traces = settings.questions * settings.group // ranks
     rows = min(settings.max_rows, traces)
     cached = rows * settings.max_new_tokens + -(-rows // settings.group) * prompt  # tokens
+    if device == "cuda":  # made for all rows at full length, rounded up (Sampler.open)
+        cached = PAGE * ((rows + 2) * bucket(pages_of(length)) + 8192 // PAGE)
     cache = 2 * layers * kv * product.itemsize * cached
     if settings.readout in ("critique", "generate"):
         cache *= 2

@@ -45,10 +45,11 @@ def upload(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def plan_prefill(pieces, group: int, dtype, device):
-    """What all layers of a pass share. pieces: of each its spans and its pages' indices in the pool."""
+def plan_prefill(pieces, group: int, D: int, dtype, device):
+    """What all layers of a pass share. pieces: of each its spans and its pages' indices in the pool. group:
+    query heads on a kv head; D: a head's size."""
     if torch.device(device).type == "cuda" and triton is not None:
-        return plan_tiles(pieces, group, dtype).to(device)
+        return plan_tiles(pieces, group, D, dtype).to(device)
     return plan_masks(pieces, dtype, device)
 
 
@@ -102,8 +103,9 @@ class Tiles:
         return Tiles(*(upload(x, device) for x in (self.tiles, self.own, self.table)), self.rows)
 
 
-def plan_tiles(pieces, group: int, dtype) -> Tiles:
-    rows = 32 if dtype == torch.float32 else 128  # what registers hold
+def plan_tiles(pieces, group: int, D: int, dtype) -> Tiles:
+    # what registers hold, and of large heads the shared memory of small cards
+    rows = 32 if dtype == torch.float32 else 128 if D <= 128 else 64
     assert group <= rows, f"{group} query heads on a kv head"
     tiles, own_rows, at = [], [], 0
     for piece, (spans, _) in enumerate(pieces):
@@ -249,7 +251,7 @@ SPANS = [  # a prompt from its start; one behind 40 tokens; a run with two stems
 def check(device):
     case = random_case(SPANS, H=6, KVH=2, unused=0.0)
     query, key, value, keys, values = (x.to(device) for x in case[:5])
-    plan = plan_prefill(case[5], 3, query.dtype, device)
+    plan = plan_prefill(case[5], 3, 64, query.dtype, device)
     got = prefill_attention(query, key, value, keys, values, plan, 0.125).cpu().double()
     torch.testing.assert_close(got, plain_prefill_attention(*case, 0.125), rtol=1e-5, atol=1e-5)
 
@@ -263,7 +265,7 @@ def benchmark(H=12, KVH=2, D=128):
                           ("4 runs of 1,024 with 64 stems of 16", [[(1024, range(1024), 1024), *stems]] * 4)):
         case = random_case(pieces, H, KVH, D, dtype=torch.bfloat16, unused=0.0)
         query, key, value, keys, values = (x.cuda() for x in case[:5])
-        plan = plan_prefill(case[5], H // KVH, query.dtype, "cuda")
+        plan = plan_prefill(case[5], H // KVH, D, query.dtype, "cuda")
         run = lambda: prefill_attention(query, key, value, keys, values, plan, D**-0.5)  # noqa: B023
         ms = triton.testing.do_bench_cudagraph(run)
         pairs = sum(count * (context + len(own) - count / 2)

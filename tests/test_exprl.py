@@ -138,6 +138,39 @@ def test_what_never_began_leaves_no_folder(world, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_no_signal_keeps_a_process_from_the_others(world, monkeypatch):
+    """Several processes meet in `gather`: whenever signals come, each gets there once."""
+    met = []
+    monkeypatch.setattr(exprl, "ranks", lambda: 2)
+    monkeypatch.setattr(exprl, "gather", lambda value: met.append(value) or [None, value])
+    with exprl.Interrupts() as interrupts:
+        state, explain = types.SimpleNamespace(interrupts=interrupts, phase="sampling"), exprl.explain
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            met.clear()
+            signal.raise_signal(number)  # while the weights move: it waits
+            with monkeypatch.context() as patched, pytest.raises(exprl.Stop, match=f"by {number.name}"):
+                patched.setattr(exprl, "explain",  # a second one, while the first is told
+                                lambda *a: signal.raise_signal(signal.SIGTERM) or explain(*a))
+                with exprl.together(state):
+                    pass
+            assert len(met) == 1 and interrupts.deferred and interrupts.waiting == signal.SIGTERM
+            interrupts.waiting = None
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # under nohup
+    try:
+        with exprl.Interrupts():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_without_a_gpu_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert exprl.own_device("--device", "cpu") == "cpu"
+    with pytest.raises(SystemExit, match="--device auto, process 1: torch sees 1 GPUs here"):
+        exprl.own_device("--device", "auto")
+
+
 def test_what_cannot_be_written_or_saved_is_found_before_training(world, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -622,7 +655,8 @@ def test_the_closing_table_compares_like_with_like(world, tmp_path):
     assert "before, step 2" in table and "after, step 3" in table and "step 0 is not shown" in table
 
 
-def test_flags_that_make_no_sense_are_refused(world, capsys):
+def test_flags_that_make_no_sense_are_refused(world, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for flags, word in ((["--kl", "nan"], "--kl must be a number"), (["--grad-clip", "nan"], "--grad-clip"),
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
                         (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
@@ -634,6 +668,7 @@ def test_flags_that_make_no_sense_are_refused(world, capsys):
                         (["--lr", "inf"], "need --lr > 0"), (["--temperature", "inf"], "at least 0.0001"),
                         (["--method", "process", "--norm", "mean"], "--norm has no effect"),
                         (["--warmup", "20"], "--warmup is a share"),
+                        (["--judge-device", "+2"], "N must be at least the number of processes"),
                         (["--step-view", "segment"], "--step-view has no effect under --method outcome")):
         with pytest.raises(SystemExit):
             exprl.parse([*world[1], *flags])

@@ -286,6 +286,9 @@ def test_kernels_compile_for_a_hopper_gpu():
                                        capture_output=True, text=True).stdout
             spilled = int(re.search(r"STACK:(\\d+)", usage)[1])
             assert spilled == 0, f"{kernel.__name__} {signature}: {spilled} bytes of registers in memory"
+            room = {80: 166912, 89: 101376, 90: 232448}[arch]  # shared memory of a program, CUDA's guide
+            shared = program.metadata.shared
+            assert shared <= room, f"{kernel.__name__} {signature}: {shared} bytes of {room}"
 
         logprob = importlib.import_module("kernels.token_logprob")
         advantages = importlib.import_module("kernels.token_advantages")
@@ -316,10 +319,13 @@ def test_kernels_compile_for_a_hopper_gpu():
                 for arch, keys in ((90, rows // 2), (80, rows // 4)) if z == "*bf16" else ((90, 16),):
                     build(prefill.prefill_attention_kernel, f"{packed} fp32 i32 i32 i32 i32", stages=5,
                           arch=arch, P=32, D=D, GROUP=6, ROWS=rows, KEYS=keys, D_BLOCK=D)
+            build(prefill.prefill_attention_kernel, f"{packed} fp32 i32 i32 i32 i32", stages=2, arch=89, P=32,
+                  D=256, GROUP=6, ROWS=min(rows, 64), KEYS=32 if rows == 128 else 16, D_BLOCK=256)
             build(attention.merge_kernel, f"*fp32 *fp32 {z}", warps=4, D=128, D_BLOCK=128, SPLITS=8)
             shape = dict(P=32, H=12, KVH=2, D=128, HEAD_BLOCK=16, HALF_BLOCK=64)
             pages, none = f"{z} {z} *i64 *i64", dict.fromkeys(("query_norm_ptr", "key_norm_ptr"))
             build(ops.rotate_kernel, f"{z} *fp32 *fp32 fp32 {pages} i32", warps=4, **shape, **none)
+            build(ops.rotate_kernel, f"{z} *fp32 *fp32 {z} {z} fp32 {pages} i32", warps=4, **shape)
             none = dict.fromkeys(("keys_ptr", "values_ptr", "page_ptr", "place_ptr"))
             build(ops.rotate_kernel, f"{z} *fp32 *fp32 {z} {z} fp32 i32", warps=4, **shape, **none)
             build(ops.swiglu_kernel, f"{z} {z} i32", warps=4, BLOCK=1024)

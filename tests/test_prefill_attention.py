@@ -16,7 +16,7 @@ def attend(version, case, scaling):
     tensors = [x.to(DEVICE) for x in tensors]
     if version == "triton":
         group = tensors[0].shape[1] // tensors[1].shape[1]
-        plan = prefill.plan_tiles(pieces, group, tensors[0].dtype).to(DEVICE)
+        plan = prefill.plan_tiles(pieces, group, tensors[0].shape[2], tensors[0].dtype).to(DEVICE)
         return prefill.triton_prefill_attention(*tensors, plan, scaling).cpu()
     plan = prefill.plan_masks(pieces, tensors[0].dtype, DEVICE)
     return prefill.torch_prefill_attention(*tensors, plan, scaling).cpu()
@@ -61,7 +61,7 @@ def test_half_precision_loses_little_more_than_its_rounding(dtype):
 @needs_triton
 def test_tiles_hold_every_query_once():
     pieces = [(spans, []) for spans in prefill.SPANS]
-    tiles = prefill.plan_tiles(pieces, 3, torch.bfloat16)
+    tiles = prefill.plan_tiles(pieces, 3, 64, torch.bfloat16)
     queries = [q for first, count, *_ in tiles.tiles.tolist() for q in range(first, first + count)]
     assert sorted(queries) == list(range(sum(count for spans in prefill.SPANS for _, _, count in spans)))
     assert max(count for _, count, *_ in tiles.tiles.tolist()) <= 128 // 3

@@ -23,6 +23,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import sample
 from data import load_problems
@@ -137,7 +138,7 @@ def test_shared_prefixes_change_nothing():
 def test_forks_read_every_cut_in_one_pass(tiles, monkeypatch):
     """Also as on a GPU, by Triton's kernel."""
     if tiles:
-        monkeypatch.setattr(sample, "plan_prefill", lambda *args: plan_tiles(*args[:3]))
+        monkeypatch.setattr(sample, "plan_prefill", lambda *args: plan_tiles(*args[:4]))
     net = tiny.model(seed=5)
     prompts = [[i % 250 for i in range(80)] + p for p in random_prompts(6, 60, seed=1)]
     forks = [[(len(p), []), (40, [7, 8, 9]), (len(p), [7]), (40, []), (len(p) - 1, [1] * 40)]
@@ -396,6 +397,27 @@ def test_a_folder_that_only_loads_is_saved_too(tmp_path):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
     with pytest.raises(SystemExit, match=f"cannot load {folder}"):
         load_lm(str(folder))
+
+
+def test_weights_side_by_side_are_saved_as_they_were(tmp_path):
+    """On a GPU the layers' weights share storages, of which transformers would make copies there."""
+    for tied in (True, False):
+        folder = tiny.save(tmp_path / f"tied-{tied}", tie_word_embeddings=tied)
+        lm = load_lm(str(folder))
+        for layer in lm.model.base_model.layers:
+            sample.side_by_side([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+        lm.save(tmp_path / "again")
+        want, got = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+        assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+        load_lm(str(tmp_path / "again"))
+
+
+def test_bfloat16_is_taken_where_a_gpu_has_it(monkeypatch):
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert sample.pick_dtype("auto", "cuda:1") == dtype
+        assert sample.pick_dtype("auto", "cpu") == torch.float32
+        assert sample.pick_dtype("bfloat16", "cuda") == torch.bfloat16
 
 
 def test_the_prompts_of_a_judge_are_no_policys(tmp_path):
