@@ -1,8 +1,8 @@
 # make demo: a complete small run on any machine.  make test: all tests.  make compare-quick: the paper's comparison in
 # miniature, one seed of a reduced version.  Each sets up .venv first.
 # The first interpreter that really runs (a pyenv shim may exist and fail) and is 3.11 or 3.12.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+FITS := import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 # torch is pinned first: its own index decides between a CPU and a CUDA build, the other packages then fit to it.
 TORCH ?= torch==2.13.0
 
@@ -10,9 +10,14 @@ TORCH ?= torch==2.13.0
 
 setup: .venv/.ready
 
+# A .venv whose interpreter is gone or does not fit is made anew.
+ifneq ($(shell .venv/bin/python -c '$(FITS)' 2>/dev/null && echo fits),fits)
+.PHONY: .venv/.ready
+endif
 .venv/.ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "ExpRL needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv .venv
+	@"$(PYTHON)" -c '$(FITS)' 2>/dev/null || \
+	  { echo "ExpRL needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	.venv/bin/python -c 'import pip; $(FITS)' 2>/dev/null || "$(PYTHON)" -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@

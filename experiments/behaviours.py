@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import load_lm, pick_device, pick_dtype, problems_or_exit, write_atomically  # noqa: E402
+from sample import load_lm, new_file, pick_device, pick_dtype, problems_or_exit, write_atomically  # noqa: E402
 from data import bootstrap_interval  # noqa: E402
 from judge import Judge, expected_grade, read_traces, score, with_ask  # noqa: E402
 
@@ -85,12 +85,14 @@ def main() -> None:
     parser.add_argument("--traces", required=True, help="JSONL written by `sample.py --out`")
     parser.add_argument("--against", required=True, help="the same of another model, the base for example")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many traces of each")
-    parser.add_argument("--out", type=Path, default=None, help="write traces with their scores to this file")
+    parser.add_argument("--out", type=new_file, help="write traces with their scores to this file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
     problems = problems_or_exit(args.data, "test")
     sets = [read_traces(path, problems)[: args.limit] for path in (args.traces, args.against)]
+    if not set.intersection(*({r["problem"] for r in records} for records in sets)):
+        raise SystemExit("no problem has traces in both files: sample both models on the same --data")
     device = pick_device(args.device)
     lm = load_lm(args.judge, device, pick_dtype(args.dtype, device))
     judge, by_id = Judge(lm.model, lm.tokenizer, readout="expected"), {p.id: p for p in problems}
@@ -103,7 +105,7 @@ def main() -> None:
     ours, theirs = (per_problem(records, rows) for records, rows in zip(sets, scores))
     both = sorted(ours.keys() & theirs.keys())
     if not both:
-        raise SystemExit("no problem has traces in both files: sample both models on the same --data")
+        raise SystemExit("no problem has in both files a trace that the judge's context holds")
     unread = sum(int(np.isnan(rows).any(1).sum()) for rows in scores)
     print(f"{lm.name}: {len(both)} problems, {sum(map(len, sets))} traces, {unread} longer than the judge's "
           "context")

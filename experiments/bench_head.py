@@ -193,7 +193,8 @@ def benchmark(device, N, csv_file):
                 extra[way] = peak_extra_bytes(lambda: run(ways[way]), device) - returned
                 times[way] = math.inf
             except Exception as error:  # a peer that does not run here must not end the comparison
-                print(f"{way:36}failed: {str(error).splitlines()[0][:60]}")
+                print(f"{way:36}failed: {f'{type(error).__name__}: {error}'.splitlines()[0][:60]}")
+                hidden.grad = weight.grad = None
         for _ in range(rounds):  # in turns, so that a change of the clock rate meets all alike
             for way in times:
                 times[way] = min(times[way], seconds(lambda: run(ways[way])))

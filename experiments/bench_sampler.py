@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,8 @@ def race(ways: dict, rounds: int) -> dict:
 
 def sampling(lm, problems, rows_list, tokens, rounds):
     """Questions x 8 traces at temperature 0.8, refilled only by what the rows allow."""
+    if 8 * len(problems) < max(rows_list):
+        raise SystemExit(f"--data has {len(problems)} problems, {max(rows_list)} rows take {max(rows_list) // 8}")
     for rows in rows_list:
         prompts = [lm.chat(p.question) for p in problems[: rows // 8]]
         sampler = Sampler(lm.model, rows)
@@ -140,8 +143,8 @@ def judging(policy, lm, problems, rounds, tokens):
         "sample.py, shared pages": lambda: [v.grades[0] for v in judge.grade(group, texts)],
         "each prompt alone, padded batches": lambda: padded_grades(judge, group, texts),
         "sample.py, 6 prefixes of each trace": lambda: prefix_grades(judge, group, texts)}, rounds)
-    gap = max(abs(a - b) for a, b in zip(best["sample.py, shared pages"][0],
-                                         best["each prompt alone, padded batches"][0]))
+    gap = float(np.abs(np.subtract(best["sample.py, shared pages"][0],
+                                   best["each prompt alone, padded batches"][0])).max())  # NaN if one is
     print(f"  largest difference of a grade between shared pages and alone: {gap:.2g}")
     if not math.isfinite(gap):
         print("  no numbers: some grade could not be read, perhaps a prompt exceeds the judge's context")

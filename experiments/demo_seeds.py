@@ -42,14 +42,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_seeds.csv"))
     args, flags = parser.parse_known_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = list(csv.DictReader(args.out.open(newline=""))) if args.out.exists() else []
+    if both := {int(row["seed"]) for row in kept} & {*args.seeds}:
+        parser.error(f"{args.out} holds seed {min(both)} already: name other --seeds, or another --out")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             rows.append(one_run(seed, Path(folder) / str(seed), flags))
             with args.out.open("w", newline="") as file:  # after every run: a stop loses nothing
-                writer = csv.DictWriter(file, rows[0])
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(kept + rows)
     for row in rows:
         print(f"seed {row['seed']}: pass@1 {row['before_pass@1']:.1%} -> {row['after_pass@1']:.1%}, pass@16 "
               f"{row['before_pass@16']:.1%} -> {row['after_pass@16']:.1%}, {row['seconds']:.0f} s")

@@ -120,6 +120,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, required=True, help="folder of the two runs, table and figure")
     args = parser.parse_args()
+    if not 0 <= args.kills < args.steps:
+        parser.error("--kills must be below --steps")
     args.out.mkdir(parents=True, exist_ok=True)
     whole, killed = args.out / "whole", args.out / "killed"
     if start(*FLAGS, "--steps", str(args.steps), "--out", str(whole.resolve())).wait():

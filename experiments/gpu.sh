@@ -9,14 +9,17 @@
 # script says at the end which did. PYTHON names the interpreter; without it, .venv's. FLAGS go to the training runs:
 # FLAGS="--judge Qwen3-4B-Instruct-2507" where that model is at hand; without, MODEL judges itself.
 set -uo pipefail
+[ $# -ge 4 ] || { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 out=$1 model=$2 train=$3 dev=$4
 shift 4
 parts=(${*:-tests kernels sampler step memory train})
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; } # links stay: a suffix counts
 for name in model train dev; do # what is a file or a folder here stays it after cd; a hub id stays as it is
-  [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"
+  [ ! -e "${!name}" ] || printf -v "$name" %s "$(absolute "${!name}")"
 done
+case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 failed=()
@@ -41,7 +44,11 @@ for part in "${parts[@]}"; do
       run head "$python" experiments/bench_head.py --csv "$out/head_bench.csv" ;;
     sampler) run sampler "$python" experiments/bench_sampler.py --model "$model" --judge "$model" --data "$dev" \
       --out "$out/sampler_bench.csv" ;;
-    step) run step "$python" experiments/vs_trl.py --model "$model" --data "$train" --out "$out/vs_trl.csv" ;;
+    step)
+      ways=(exprl)
+      "$python" -c 'import datasets, trl' 2>/dev/null && ways+=(trl)
+      run step "$python" experiments/vs_trl.py --ways "${ways[@]}" --model "$model" --data "$train" \
+        --out "$out/vs_trl.csv" ;;
     memory) run memory "$python" exprl.py --dry-run --model "$model" --data "$train" ;;
     train) run train env PYTHON="$python" experiments/gsm8k.sh "$model" "$train" "$dev" "$out/gsm8k" ${FLAGS:-} ;;
     *) echo "no part $part: tests kernels sampler step memory train" >&2; exit 2 ;;

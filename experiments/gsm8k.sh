@@ -9,16 +9,19 @@
 #       --questions 2 --group 2 --max-new-tokens 48 --eval-limit 2 --eval-n 2 --eval-k 1 2                # that it works
 # Without --judge the start judges itself; below 3B parameters by likelihoods, see README.md.
 set -euo pipefail
+[ $# -ge 4 ] || { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 model=$1 train=$2 dev=$3 out=$4
 shift 4
 mkdir -p "$out"
+absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; } # links stay: a suffix counts
 for name in model train dev out; do # what is a file or a folder here stays it after cd; a hub id stays as it is
-  [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"
+  [ ! -e "${!name}" ] || printf -v "$name" %s "$(absolute "${!name}")"
 done
+case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 for method in outcome process grpo; do
-  [ ! -e "$out/$method/model" ] || continue
+  [ ! -e "$out/$method/model" ] || { echo "kept, it was run before: $out/$method" >&2; continue; }
   if [ -e "$out/$method/config.json" ]; then # stopped before
     "$python" exprl.py --resume "$out/$method"
   else

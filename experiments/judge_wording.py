@@ -70,7 +70,7 @@ def numbers(text: str) -> list[str]:
 
 def results_of(problem: Problem) -> list[str]:
     """The reference's intermediate results, in order: numbers behind "=" that the question does not have."""
-    steps = problem.solution[: problem.solution.rfind("\\boxed")]
+    steps = problem.solution.rpartition("\\boxed")[0] or problem.solution
     found = numbers(" ".join(re.findall(r"=\s*\$?(\d[\d,]*(?:\.\d+)?)", steps)))
     known = numbers(problem.question + " " + problem.answer)
     return [n for n in dict.fromkeys(found) if n not in known]
@@ -163,9 +163,12 @@ def main() -> None:
     wanted = {p.id for p in problems[args.problems[0] - 1 : args.problems[1]]}
     for r in read_traces(args.traces, problems):
         kind = r["problem"], r["correct"]
-        seen[kind] = seen.get(kind, 0) + r["finished"]
-        if r["finished"] and r["problem"] in wanted and seen[kind] <= args.per_kind:
+        finished = r.get("finished", True)
+        seen[kind] = seen.get(kind, 0) + finished
+        if finished and r["problem"] in wanted and seen[kind] <= args.per_kind:
             records.append(r)
+    if not records:
+        raise SystemExit("no finished trace of these --problems: name others, or sample them")
     asked = {r["problem"] for r in records}
     problems = [p for p in problems if p.id in asked]
     device = pick_device("auto")
@@ -194,10 +197,9 @@ def main() -> None:
 
 def write(path: Path, line: dict) -> None:
     print(line, flush=True)
-    new = not path.exists()
     with open(path, "a", newline="") as file:
         table = csv.DictWriter(file, line, lineterminator="\n")
-        if new:
+        if not file.tell():
             table.writeheader()
         table.writerow(line)
 

@@ -238,6 +238,10 @@ def compare(args, method: str, seed: int, rate) -> None:
             if not (outcome / "cpu_seconds").exists() or not (same / "cpu_seconds").exists():
                 raise SystemExit(f"{method} comes after {outcome.name} and {same.name}: run those first")
             steps = max(1, round(steps * cpu_seconds(outcome) / cpu_seconds(same)))
+        with LOCK:
+            others = {r["lr"] for r in results(args) if (r["stage"], r["method"]) == ("I", method)} - {lr}
+        if others:  # the tables are over seeds
+            raise SystemExit(f"{args.out} holds {method} at the rate {others.pop():g}: take another --out")
         run = train(args, f"{method}-{lr:g}-{seed}", flags, seed, lr, steps)
     measure(args, "I", method, seed, lr, run, args.splits)
     if not args.steps2:
@@ -299,10 +303,12 @@ def main() -> None:
             found = grid.get(method.split("-")[0], {})
             return max(found, key=lambda lr: found[lr].result()) if found else args.lr
 
-        jobs = [pool.submit(compare, args, m, seed, rate) for seed in args.seeds for m in args.methods]
+        timed = [m for m in args.methods if m.endswith("-timed")]  # need the seconds of the others
         try:
-            for done in as_completed([*jobs, *(f for found in grid.values() for f in found.values())]):
-                done.result()
+            for methods in ([m for m in args.methods if m not in timed], timed):
+                jobs = [pool.submit(compare, args, m, seed, rate) for seed in args.seeds for m in methods]
+                for done in as_completed([*jobs, *(f for found in grid.values() for f in found.values())]):
+                    done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

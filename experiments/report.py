@@ -157,7 +157,7 @@ def build(folders: list[Path], max_mb: float) -> dict:
     for run in runs:
         same_but_seed = json.dumps(run.settings | {"seed": 0, "out": ""}, sort_keys=True)
         groups.setdefault(same_but_seed, []).append(run)
-        if run.settings[DATA] not in problems:
+        if not problems.get(run.settings[DATA]):
             problems[run.settings[DATA]] = problems_of(run, named, notices)
     groups = list(groups.values())
     labels = [g[0].name + f" and {len(g) - 1} more" * (len(g) > 1) for g in groups]

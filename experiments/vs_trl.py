@@ -160,8 +160,10 @@ def main():
     parser.add_argument("--out", type=Path, help="append a line per step to this file")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # a run of its own
     args = parser.parse_args()
-    if "trl" in args.ways and not all(map(importlib.util.find_spec, ("trl", "datasets"))):
+    if {*args.ways} - {"exprl"} and not all(map(importlib.util.find_spec, ("trl", "datasets"))):
         parser.error("TRL is not installed: pip install trl datasets, or --ways exprl")
+    if args.questions * args.group % args.microbatch:  # TRL would leave some traces of a step out
+        parser.error(f"--microbatch must divide --questions x --group, {args.questions * args.group}")
     if args.way:
         return run_exprl(args) if args.way == "exprl" else run_trl(args)
     if args.out:

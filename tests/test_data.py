@@ -13,13 +13,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from data import BadRows, Problem, is_correct, load_problems
 
 # A loaded machine is no failure.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 GSM8K = {"question": "Ann has 3 boxes of 6 eggs and eats 1,000. How many?",
          "answer": "She has 3*6=<<3*6=18>>18 eggs.\nIt is $<<18-1000=-982>>-982.\n#### -982"}

@@ -532,22 +532,28 @@ def test_resume_is_exact(world, whole, tmp_path):
     same_end(run, whole[0])
 
 
+def logged(run) -> list[int]:
+    """The steps of which metrics.jsonl has a line."""
+    return [m["step"] for m in exprl.read_jsonl(run / "metrics.jsonl")]
+
+
 def test_kill_at_random_moments_and_resume(world, whole, tmp_path):
-    """kill -9 at three random moments: the run still ends where the undisturbed one ended."""
-    rng, run = random.Random(time.time_ns()), tmp_path / "killed"
+    """kill -9 at three random moments of its steps: the run still ends where the undisturbed one ended."""
+    seed = time.time_ns()
+    print(f"seed {seed}")  # shown on failure
+    rng, run, killed = random.Random(seed), tmp_path / "killed", []
     command = ["exprl.py", *flags_of_whole(world), "--steps", 6, "--out", run]
-    kills = 0
-    while kills < 3:
+    for step in (1, 3, 5):
         process = tiny.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 120
-        while not (run / "metrics.jsonl").exists() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 3))
-        if process.poll() is None:
-            process.kill()
+        end = time.monotonic() + 240
+        while max(logged(run), default=0) < step and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        killed.append(process.poll() is None)
+        process.kill()
         process.wait()
-        kills += 1
         command = ["exprl.py", "--resume", run]
+    assert any(killed), "all were quicker than the kill"
     tiny.run("exprl.py", "--resume", run)
     same_end(run, whole[0])
 
@@ -566,16 +572,14 @@ def test_signals_save_and_exit_cleanly(world, whole, tmp_path, number):
     run = tmp_path / "stopped"
     process = tiny.start("exprl.py", *flags_of_whole(world), "--steps", 6, "--save-every", 0, "--out", run,
                          stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and '"score"' in (run / "metrics.jsonl").read_text():
-            break
-        time.sleep(0.02)
+    end = time.monotonic() + 240
+    while not max(logged(run), default=0) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
     process.send_signal(number)
-    error = process.communicate(timeout=120)[1]
-    if "stopped by" in error:  # it may have been quicker than the signal
-        assert process.returncode == 128 + number and "--resume" in error and exprl.complete_checkpoints(run)
-        tiny.run("exprl.py", "--resume", run, "--save-every", 2)
+    error = process.communicate(timeout=240)[1]
+    assert "stopped by" in error, "it was quicker than the signal"
+    assert process.returncode == 128 + number and "--resume" in error and exprl.complete_checkpoints(run)
+    tiny.run("exprl.py", "--resume", run, "--save-every", 2)
     assert weights(run)[0] == "step_6"
     assert all(torch.equal(x, y) for x, y in zip(weights(run)[1].values(), weights(whole[0])[1].values()))
 

@@ -112,7 +112,9 @@ def copy_code(folder, ablation):
         copy = folder / file.relative_to(tiny.ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
-    subprocess.run(["git", "apply", f"experiments/ablations/{ablation}.diff"], cwd=folder, check=True)
+    alone = {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}  # in another's tree it would do nothing
+    subprocess.run(["git", "apply", f"experiments/ablations/{ablation}.diff"], cwd=folder, check=True,
+                   env=os.environ | alone)
 
 
 def in_copy(folder, *command, **env):

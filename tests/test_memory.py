@@ -10,7 +10,7 @@ import torch
 
 import exprl
 from experiments.bench_head import peak_extra_bytes
-from experiments.memory import memory
+from experiments.memory import main, memory
 from sample import Rollout
 
 SMALL = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, head_dim=16)
@@ -59,6 +59,11 @@ def test_parts_follow_the_flags():
     assert at(checkpoint_activations=True)["activations"] < one["activations"] / 3
     assert at(max_rows=8)["cache, logits"] < one["cache, logits"] / 8
     assert one["peak"] == sum(size for name, size in one.items() if name != "peak")
+
+
+def test_the_memory_table_of_readme_is_what_the_program_prints(capsys):
+    main()
+    assert capsys.readouterr().out in (tiny.ROOT / "README.md").read_text()
 
 
 def test_dry_run_prints_computed_and_measured_and_leaves_no_run(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -112,9 +113,11 @@ def alone(flags) -> None:
     threads, fast_dtype = torch.get_num_threads(), exprl.fast_dtype
     torch.set_num_threads(1)
     exprl.fast_dtype = tiny.as_asked
-    exprl.main([str(flag) for flag in flags])
-    torch.set_num_threads(threads)
-    exprl.fast_dtype = fast_dtype
+    try:
+        exprl.main([str(flag) for flag in flags])
+    finally:
+        torch.set_num_threads(threads)
+        exprl.fast_dtype = fast_dtype
 
 
 @pytest.fixture(scope="module")
@@ -245,27 +248,34 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+@contextmanager
 def running(world, out, steps: int):
-    """Two processes that have logged two steps, and their torchrun."""
+    """Two processes that have logged two steps, and their torchrun; nothing goes on after a failure."""
     home, flags = world
     process = subprocess.Popen(torchrun(2, "exprl.py", *flags, "--steps", steps, "--out", out), cwd=tiny.ROOT,
                                env=os.environ | tiny.ENVIRONMENT, text=True, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while len(metrics(out)) < 2 and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-    assert len(metrics(out)) >= 2
-    return process
+    try:
+        end = time.monotonic() + 240
+        while len(metrics(out)) < 2 and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(metrics(out)) >= 2
+        yield process
+    finally:
+        for pid in (*children(process.pid), process.pid) if process.poll() is None else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_killed_process_ends_all_and_the_run_goes_on(world, which):
     out = world[0] / f"killed-{which}"
-    process = running(world, out, 1000)
-    os.kill(children(process.pid)[which], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0 and children(process.pid) == []
+    with running(world, out, 1000) as process:
+        os.kill(children(process.pid)[which], signal.SIGKILL)
+        _, said = process.communicate(timeout=240)
+        assert process.returncode != 0 and children(process.pid) == []
     if which == 1:
         assert f"--resume {out}" in said
     kept = exprl.complete_checkpoints(out)
@@ -278,9 +288,9 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(world, which):
 
 def test_sigterm_saves_together(world):
     out = world[0] / "terminated"
-    process = running(world, out, 1000)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    with running(world, out, 1000) as process:
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=240)
     assert "stopped by SIGTERM" in said
     last = metrics(out)[-1]["step"]
     assert exprl.complete_checkpoints(out)[-1].name == f"step_{last}"

@@ -128,6 +128,9 @@ def gradient(state, settings, batch):
 
 # One thread: on another number of threads sums are rounded differently, and resuming is not bit for bit.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+for name in [*os.environ]:  # the user's own cache, mirror or offline mode must not show through
+    if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_")):
+        del os.environ[name]
 
 
 def start(*command, **kwargs) -> subprocess.Popen:
