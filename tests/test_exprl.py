@@ -569,15 +569,18 @@ def test_a_step_is_saved_before_it_is_evaluated(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit_cleanly(world, whole, tmp_path, number):
-    run = tmp_path / "stopped"
-    process = tiny.start("exprl.py", *flags_of_whole(world), "--steps", 6, "--save-every", 0, "--out", run,
-                         stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 240
-    while not max(logged(run), default=0) and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
-    process.send_signal(number)
-    error = process.communicate(timeout=240)[1]
-    assert "stopped by" in error, "it was quicker than the signal"
+    for attempt in range(5):  # beside other work the signal may come too late
+        run = tmp_path / f"stopped-{attempt}"
+        process = tiny.start("exprl.py", *flags_of_whole(world), "--steps", 6, "--save-every", 0, "--out",
+                             run, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 120
+        while not max(logged(run), default=0) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        process.send_signal(number)
+        error = process.communicate(timeout=120)[1]
+        if process.returncode:
+            break
+    assert "stopped by" in error
     assert process.returncode == 128 + number and "--resume" in error and exprl.complete_checkpoints(run)
     tiny.run("exprl.py", "--resume", run, "--save-every", 2)
     assert weights(run)[0] == "step_6"

@@ -60,7 +60,7 @@ def test_paths_and_flags_of_the_readme_exist():
     for file in [*CORE, *(tiny.ROOT / "experiments").glob("*.py")]:
         known |= set(re.findall(r'add(?:_argument)?\(\s*"(--[\w-]+)"', file.read_text()))
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known
-    others = {"--help", "--logdir", "--model_name_or_path", "--nproc_per_node"}  # argparse's, other programs'
+    others = {"--help", "--logdir", "--model_name_or_path", "--nproc_per_node", "--shutdown-timeout"}
     assert unknown <= others, unknown - others
 
 
