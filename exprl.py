@@ -1154,9 +1154,8 @@ class Interrupts:
         self.deferred, self.waiting = ranks() > 1, None  # several processes stop in `together` only
 
     def __enter__(self):
-        wanted = (s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-                  if signal.getsignal(s) != signal.SIG_IGN)  # nohup ignores one
-        self.before = {s: signal.signal(s, self.handle) for s in wanted}
+        more = (s for s in (signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(s) != signal.SIG_IGN)  # nohup
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM, *more)}
         return self
 
     def __exit__(self, *_):

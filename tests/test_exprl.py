@@ -138,7 +138,16 @@ def test_what_never_began_leaves_no_folder(world, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_no_signal_keeps_a_process_from_the_others(world, monkeypatch):
+@pytest.fixture
+def own_signals():
+    """Several processes ignore signals once they end, and what is started later would, too."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_no_signal_keeps_a_process_from_the_others(own_signals, monkeypatch):
     """Several processes meet in `gather`: whenever signals come, each gets there once."""
     met = []
     monkeypatch.setattr(exprl, "ranks", lambda: 2)
@@ -155,12 +164,9 @@ def test_no_signal_keeps_a_process_from_the_others(world, monkeypatch):
                     pass
             assert len(met) == 1 and interrupts.deferred and interrupts.waiting == signal.SIGTERM
             interrupts.waiting = None
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # under nohup
-    try:
-        with exprl.Interrupts():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # under nohup
+    with exprl.Interrupts():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_process_without_a_gpu_is_told(monkeypatch):
