@@ -62,9 +62,9 @@ _CHANGES = (r"(?:percent\w*|half|halves|thirds?|quarters?|(?:four|fif|six|seven|
             r"dozens?|times|twice|squared|cubed|below|minus|plus|and|or|to)\b")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
 _EXPONENT = r"(?: ?\^ ?\{? ?-?[0-9]\}?)"
+_SYMBOLS = r"[kMG]?eV|AU|[kM]?pc|kg|[kMG]?Hz|k?Pa|USD|EUR|[cmk]m"  # of units, written bare
 # A number, perhaps "million", and its unit: "18 books", "3 million", "1.6e-19 ' J", "9.8 ' m / ' s ^2" (a
 # quote stands for \text). Bare units have four letters or are well known: "3 m" may be a product.
-_SYMBOLS = r"[kMG]?eV|AU|[kM]?pc|kg|[kMG]?Hz|k?Pa|USD|EUR|[cmk]m"
 _UNIT = re.compile(
     r"(.*?[0-9.}])(?:[ ~']|\\[,;: ])+(?!.*\b" + _CHANGES + r")(?:(" + "|".join(_SCALES) + r")s?\b ?)?"
     r"([a-z]{4,}(?: [a-z]{2,}){0,3}|"

@@ -18,8 +18,6 @@ from hypothesis import given, settings, strategies as st
 
 from data import answers, bootstrap_interval, extract_answer, is_correct, pass_at_k
 
-# A loaded machine is no failure.
-
 
 def boxed(answer):
     return f"So the answer is \\boxed{{{answer}}}."

@@ -17,8 +17,6 @@ from hypothesis import given, settings, strategies as st
 
 from data import BadRows, Problem, is_correct, load_problems
 
-# A loaded machine is no failure.
-
 GSM8K = {"question": "Ann has 3 boxes of 6 eggs and eats 1,000. How many?",
          "answer": "She has 3*6=<<3*6=18>>18 eggs.\nIt is $<<18-1000=-982>>-982.\n#### -982"}
 MATH = {"problem": "Halve one.", "level": "Level 1", "type": "Algebra",

@@ -342,8 +342,8 @@ def page(tmp_path):
     """Three runs, two of them seeds: a group of four traces with known grades, and a Process group."""
     metrics = [evaluation(0, 0.1), *(dict(step=i, score=i / 9, accuracy=i / 10, lr=1e-6) for i in (1, 2)),
                evaluation(2, 0.3)]
-    process = trace("Opening.\n### one\n1\n#### no step\n### two\n2, as it was", step=2, problem="train/2", tokens=50,
-                    grades=[0.2, 0.7], advantages=[-0.5, 0.5], advantage=[-0.5, 0.5])
+    process = trace("Opening.\n### one\n1\n#### no step\n### two\n2, as it was", step=2, problem="train/2",
+                    tokens=50, grades=[0.2, 0.7], advantages=[-0.5, 0.5], advantage=[-0.5, 0.5])
     traces = [trace("### a\nlow", grades=[0.1], advantage=[-1.2, -1.2], tokens=30, finished=False),
               trace("### a\nhigh", grades=[0.9], advantage=[1.2, 1.2], tokens=10, correct=True,
                     judge="Score: 5"),
