@@ -36,7 +36,7 @@ import time
 import weakref
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -1353,6 +1353,7 @@ examples
     python sample.py --model M --data openai/gsm8k:main:test --limit 100 --n 8
     python sample.py --model runs/NAME/model --against M --data D  after beside before: paired difference
     python sample.py --model M --data D --n 4 --out traces.jsonl   traces for judge.py to grade
+    python sample.py --model M --data D --unsolved hard.jsonl      the problems worth an exprl.py --data
     python sample.py --model M --bench                             tokens per second beside transformers
 """
 
@@ -1370,6 +1371,8 @@ def main() -> None:
     add("--skip-bad-rows", action="store_true", help="count and drop bad rows instead of stopping")
     add("--out", type=new_file,
         help="write every trace to this JSONL file; after an interrupt the same command goes on")
+    add("--unsolved", type=new_file,
+        help="write the problems without a right trace to this JSONL file: hard ones, for exprl.py --data")
     add = parser.add_argument_group("sampling").add_argument
     add("--n", type=at_least(1), default=16, help="traces per problem")
     add("--k", type=at_least(1), nargs="+", help="pass@k for these k (default: 1, 2, 4, ... up to n)")
@@ -1408,6 +1411,10 @@ def main() -> None:
           f"temperature {args.temperature}")
     outs = [args.out, args.out and args.out.with_suffix(".against.jsonl")]
     solved = [sample_and_print(args, lm, problems, ks, outs[0])]
+    if args.unsolved:
+        hard = [p for p, count in zip(problems, solved[0], strict=True) if count == 0]
+        write_atomically(args.unsolved, jsonl([asdict(p) for p in hard]))
+        print(f"  no trace is right of {len(hard)} of {len(problems)} problems, now in {args.unsolved}")
     if args.against:
         del lm
         other = load_lm(other.name, device, pick_dtype(args.dtype, device))

@@ -7,7 +7,7 @@
 #
 # Each part writes its log and its CSV into OUT; one that fails does not keep the others from running, and the
 # script says at the end which did. PYTHON names the interpreter; without it, .venv's. FLAGS go to the training runs:
-# FLAGS="--judge Qwen3-4B-Instruct-2507" where that model is at hand; without, MODEL judges itself.
+# FLAGS="--judge Qwen3-4B-Instruct-2507" where that model is at hand; without, MODEL judges itself. HARD: see gsm8k.sh.
 set -uo pipefail
 [ $# -ge 4 ] || { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 out=$1 model=$2 train=$3 dev=$4

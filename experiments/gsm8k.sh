@@ -8,6 +8,8 @@
 #   experiments/gsm8k.sh /folder/SmolLM2-135M-Instruct gsm8k_train.jsonl gsm8k_dev.jsonl /tmp/gsm8k --steps 1 \
 #       --questions 2 --group 2 --max-new-tokens 48 --eval-limit 2 --eval-n 2 --eval-k 1 2                # that it works
 # Without --judge the start judges itself; below 3B parameters by likelihoods, see README.md.
+# With HARD="--n 8 --limit 2000", flags of sample.py, it trains, as the paper does, on hard problems: those of TRAIN of
+# which the start solves none so.
 set -euo pipefail
 [ $# -ge 4 ] || { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 model=$1 train=$2 dev=$3 out=$4
@@ -20,6 +22,11 @@ done
 case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+if [ -n "${HARD:-}" ]; then
+  [ -e "$out/hard.jsonl" ] || "$python" sample.py --model "$model" --data "$train" --temperature 0.8 \
+    --max-new-tokens 512 $HARD --unsolved "$out/hard.jsonl"
+  train=$out/hard.jsonl
+fi
 for method in outcome process grpo; do
   [ ! -e "$out/$method/model" ] || { echo "kept, it was run before: $out/$method" >&2; continue; }
   if [ -e "$out/$method/config.json" ]; then # stopped before

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import exprl
 import tiny
-from data import load_problems
+from data import MINIATURE, load_problems
 from judge import USER
 
 sys.path.insert(0, str(tiny.ROOT / "experiments"))
@@ -207,6 +210,35 @@ def test_behaviours_are_asked_behind_one_reading_of_the_trace(tmp_path):
             with torch.no_grad():
                 p = judge.model(torch.tensor([ids])).logits[0, -1, judge.digit_ids].softmax(-1)
             assert value == pytest.approx((float(p @ torch.arange(1.0, 6.0)) - 1) / 4, abs=1e-5)
+
+
+def test_the_scripts_for_real_models_call_what_there_is(tmp_path):
+    """With a python that only notes what it is asked: are programs and flags known, and in order?"""
+    noted, python = tmp_path / "noted", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = - ] || echo "$@" >> {noted}\n')
+    python.chmod(0o755)
+    model, data = MINIATURE / "policy", MINIATURE / "dev.jsonl"
+    environ = os.environ | {"PYTHON": str(python), "HARD": "--n 2 --limit 3", "FLAGS": "--judge J --seed 3"}
+    subprocess.run([tiny.ROOT / "experiments" / "gpu.sh", tmp_path / "out", model, data, data], env=environ,
+                   check=True)
+    called = [line.split() for line in noted.read_text().splitlines()]
+    programs = [words[0] for words in called]
+    assert programs[:2] == ["-m", "kernels/token_advantages.py"] and "experiments/vs_trl.py" in programs
+    for program, *words in called[1:]:
+        if program == "-c":
+            continue
+        source = (tiny.ROOT / program).read_text()
+        if program == "exprl.py":
+            exprl.parse(words)
+        else:
+            assert all(f'"{word}"' in source for word in words if word.startswith("--")), (program, words)
+    hard = str(tmp_path / "out" / "gsm8k" / "hard.jsonl")
+    (sampled,) = [words for words in called if words[0] == "sample.py"]
+    assert {*"--n 2 --limit 3 --unsolved".split(), hard, str(model), str(data)} <= {*sampled}
+    trained = [exprl.parse(words[1:])[0] for words in called
+               if words[0] == "exprl.py" and "--dry-run" not in words]
+    assert [s.method for s in trained] == ["outcome", "process", "grpo"]
+    assert all((s.data, s.judge, s.seed) == ((hard,), "J", 3) for s in trained)
 
 
 def test_behaviours_gains_and_losses(tmp_path, monkeypatch, capsys):

@@ -601,6 +601,19 @@ def test_program_writes_traces_and_prints_pass_at_k(tmp_path):
     assert re.search(r"difference.*\n +pass@1 +\+0.00% +\+0.00% .. \+0.00%", again.stdout)
 
 
+def test_unsolved_problems_are_written_as_data(tmp_path, monkeypatch, capsys):
+    folder, data = tiny.save(tmp_path / "m"), tiny.problems_file(tmp_path / "p.jsonl", 3)
+    hard, problems = tmp_path / "hard.jsonl", load_problems(str(data))
+    monkeypatch.setattr(sample, "is_correct", lambda text, answer, *_: answer == problems[1].answer)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(folder), "--data", str(data), "--n", "2",
+                                      "--max-new-tokens", "4", "--unsolved", str(hard)])
+    sample.main()
+    assert "of 2 of 3 problems" in capsys.readouterr().out
+    again = load_problems(str(hard), need_solution=True)
+    assert [replace(p, id="") for p in again] == [replace(problems[i], id="") for i in (0, 2)]
+    assert [p.id for p in again] == [f"hard/{problems[i].id}" for i in (0, 2)]
+
+
 def test_an_interrupted_program_goes_on_with_the_same_traces(tmp_path, monkeypatch, capsys):
     lm = load_lm(str(tiny.save(tmp_path / "m")))
     problems = load_problems(str(tiny.problems_file(tmp_path / "p.jsonl", 5)))
