@@ -104,7 +104,7 @@ class Settings:
     step_view: str = "prefix"  # process: the judge sees the trace up to a step's end, or the lone segment
     overlong: str = "zero"  # a trace cut off: zero (process: advantage 0), last (step 0), judge (as is), drop
     check_judge: int = 8  # before step 1, does it rank the traces of so many problems? 0 = no such check
-    max_unread: float = 0.5  # stop when the judge cannot be read on more than this share of a step's traces
+    max_unread: float = 0.5  # stop when more than this share of what a step gives the judge cannot be read
     # method, from grades to advantages
     method: str = "outcome"  # outcome (a grade a trace), process (a step), grpo (exact match), sft, distill
     norm: str = "std"  # std: (s - mean) / std in the group (GRPO); mean: s - mean (Dr. GRPO)
@@ -226,10 +226,10 @@ def train_step(state: "State", settings: Settings, step: int) -> tuple[dict, lis
     records = in_order(places, records)
     metrics = trace_metrics(settings, records)
     if (metrics["unread"] or 0) > settings.max_unread:
-        raise Stop(f"step {step}: {metrics['unread']:.0%} of the traces have a grade that could not be read, "
-                   f"more than --max-unread {settings.max_unread:.0%}. The judge's replies stand at the end "
-                   "of rollouts.jsonl; calibrate it with `python judge.py`, or take another --judge or "
-                   "--readout", records)
+        raise Stop(f"step {step}: {metrics['unread']:.0%} of the traces that the judge got have a grade that "
+                   f"could not be read, more than --max-unread {settings.max_unread:.0%}. Its replies "
+                   "stand at the end of rollouts.jsonl; calibrate it with `python judge.py`, or take another "
+                   "--judge or --readout", records)
     enter(state, "training")
     lr = learning_rate(settings, step)
     update_metrics = update(state, settings, batch, lr)
@@ -1423,9 +1423,9 @@ CHOICES = dict(method=METHODS, overlong=("zero", "last", "judge", "drop"), norm=
                readout=READOUTS, log=("files", "tensorboard"), dtype=("auto", "float32", "bfloat16"))
 # Flags that change what is compared in an ablation: elsewhere they would be ignored, and nobody would notice.
 IGNORED_BY = dict(reference=("grpo", "sft", "distill"), distill_kl=(*JUDGED, "grpo", "sft"),
-                  norm=("sft", "distill"), **dict.fromkeys(
-                      ("process_norm", "step_credit", "step_view", "outcome_domains"),
-                      ("outcome", "grpo", "sft", "distill")))
+                  norm=("sft", "distill"), overlong=("sft", "distill"), loss_mean=("distill",),
+                  **dict.fromkeys(("process_norm", "step_credit", "step_view", "outcome_domains"),
+                                  ("outcome", "grpo", "sft", "distill")))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -1500,6 +1500,9 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
     for wrong, message in complaints(settings):
         if wrong:
             parser.error(message)
+    for name in sorted({"clip_low", "clip_high", "dual_clip"} & given.keys()) * (settings.updates == 1):
+        print(f"{flag(name)} has no effect with one update per step, whose ratio is 1: see --updates",
+              file=sys.stderr)
     return replace(settings, judge=settings.judge or settings.model), resume
 
 

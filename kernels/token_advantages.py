@@ -11,7 +11,8 @@ s_k is the grade of a trace after its step k = 1..S (S = n_steps); the group is 
 Example, delta, grades 0.25 0.75 0.50: A = 0.25-0.50, 0.75-0.25, 0.50-0.75 = -0.25, 0.50, -0.25.
 
 A grade of NaN is one that could not be read. Its trace gets 0 everywhere and enters no statistic; so does a
-trace without grades (n_steps 0). Under std a group of equal grades, or with fewer than 2 traces left, gets 0.
+trace without grades (n_steps 0). A group of equal grades gets 0 under std, mean and step_mean; under std so
+does one with fewer than 2 traces left.
 Sources: DeepSeekMath arXiv 2402.03300 (std), Dr. GRPO 2503.20783 (mean), ExpRL 2606.17024 (the others).
 
 Left out: discounting; statistics over several devices (a problem's traces belong on one).
@@ -31,7 +32,8 @@ except ImportError:  # macOS and Windows have no Triton: the PyTorch version ser
 
 NORMS = ("std", "mean", "delta", "end", "step_mean")
 # Grades of a group are equal within this. The mean of equal grades is off by a rounding of 6e-8, of which
-# (s - m) / (std + 1e-6) makes 0.06; and a spread below the formula's own 1e-6 carries no judgement.
+# (s - m) / (std + 1e-6) makes 0.06, and AdamW, where nothing else moves the weights, an update of full size;
+# and a spread below the formula's own 1e-6 carries no judgement.
 EQUAL = 1e-6
 
 
@@ -71,7 +73,8 @@ def torch_token_advantages(grades, n_steps, step_ids, group, norm):
         advantages = s - last.where(k < n_steps[:, None] - 1, 0.0)
     else:
         m, scale = _group_statistics(s.sum(1) / n_steps.clamp(min=1), valid, group)
-        advantages = (s - m[:, None]) * (scale[:, None] if norm == "std" else 1)
+        off = s - m[:, None]
+        advantages = off * scale[:, None] if norm == "std" else off.where(off.abs() > EQUAL, 0.0)
     return advantages.where(counts, 0.0).gather(1, step_ids.clamp(0, S - 1)).where(step_ids >= 0, 0.0)
 
 
@@ -114,7 +117,6 @@ if triton is not None:
         trace_mean = tl.where(valid, total / tl.maximum(n, 1), 0.0)
         count = tl.sum(valid.to(tl.int32), 0)
         m = tl.sum(trace_mean, 0) / tl.maximum(count, 1)
-        scale = 1.0
         if NORM == "std":
             off = tl.where(valid, trace_mean - m, 0.0)
             std = tl.sqrt(tl.sum(off * off, 0) / tl.maximum(count - 1, 1))
@@ -134,8 +136,10 @@ if triton is not None:
                 advantage = s - tl.load(grades_ptr + before, mask=sampled, other=0.0)
             elif NORM == "end":
                 advantage = tl.where(k == n_here - 1, s, s - last)
-            else:
+            elif NORM == "std":
                 advantage = (s - m) * scale
+            else:
+                advantage = tl.where(tl.abs(s - m) > equal, s - m, 0.0)
             tl.store(out_ptr + row * T + t, tl.where(sampled & valid_here, advantage, 0.0), mask=t < T)
 
 
@@ -169,6 +173,8 @@ def loop_token_advantages(grades, n_steps, step_ids, group, norm):
             A = [x - s[-1] for x in s[:-1]] + [s[-1]]
         else:
             A = [x - fmean(others) for x in s]
+        if norm in ("mean", "step_mean"):
+            A = [0.0 if abs(x) <= EQUAL else x for x in A]
         if norm == "std":
             dead = len(others) < 2 or max(others) - min(others) <= EQUAL
             A = [0.0 if dead else x / (stdev(others) + 1e-6) for x in A]

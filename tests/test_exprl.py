@@ -46,7 +46,7 @@ def test_few_problems_are_of_all_domains():
 
 
 def test_a_teacher_s_prompt_must_fit_too(world, capsys):
-    state, settings = build(world, "--method", "distill", "--kl", 0)
+    state, settings = build(world, "--method", "distill", "--overlong", "zero", "--kl", 0)
     long = dataclasses.replace(state.train[0], id="long", solution="because " * 2000)
     assert exprl.fitting(state.policy, [*state.train, long], settings, exprl.TRAINING) == state.train
     assert "1 of 8 training problems (as the teacher sees them) with more than" in capsys.readouterr().err
@@ -658,8 +658,8 @@ def test_the_closing_table_shows_what_both_ends_measured(tmp_path):
 def test_the_closing_table_compares_like_with_like(world, tmp_path):
     """A run may be resumed with other held-out problems, or fewer."""
     run = tmp_path / "run"
-    tiny.inside(*world[1], "--method", "sft", "--group", 1, "--max-new-tokens", 60, "--steps", 1,
-                "--eval-data", world[0] / "eval.jsonl", "--eval-n", 1, "--eval-k", 1, "--out", run)
+    tiny.inside(*world[1], "--method", "sft", "--overlong", "zero", "--group", 1, "--max-new-tokens", 60,
+                "--steps", 1, "--eval-data", world[0] / "eval.jsonl", "--eval-n", 1, "--eval-k", 1, "--out", run)
     done = tiny.inside("--resume", run, "--steps", 2, "--eval-limit", 2)
     assert "from here on --eval-limit 2, it was 200\n" in done.stderr and " references a step" in done.stdout
     table = done.stdout
@@ -672,7 +672,9 @@ def test_flags_that_make_no_sense_are_refused(world, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for flags, word in ((["--kl", "nan"], "--kl must be a number"), (["--grad-clip", "nan"], "--grad-clip"),
                         (["--resume", "run", "--preset", "paper"], "not allowed with"),
-                        (["--method", "distill", "--distill-kl", "full"], "--kl and --entropy-bonus"),
+                        (["--method", "distill", "--overlong", "zero", "--distill-kl", "full"],
+                         "--kl and --entropy-bonus"),
+                        (["--method", "distill"], "--overlong has no effect under --method distill"),
                         (["--method", "sft", "--reference", "none"], "--reference has no effect"),
                         (["--step-credit", "score", "--method", "process", "--process-norm", "end"],
                          "--step-credit has no effect"),
@@ -686,6 +688,9 @@ def test_flags_that_make_no_sense_are_refused(world, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             exprl.parse([*world[1], *flags])
         assert word in capsys.readouterr().err
+    for flags, said in (([], True), (["--updates", "2"], False)):
+        exprl.parse([*world[1], "--clip-high", "0.4", *flags])
+        assert ("--clip-high has no effect" in capsys.readouterr().err) == said
 
 
 def test_gradients_of_a_shared_token_are_added_in_one_order(world):

@@ -357,8 +357,8 @@ def test_steps_graded_by_likelihood_are_warned_of(world, capsys):
 
 @pytest.mark.parametrize("method", ["process", "sft", "distill"])
 def test_each_method_runs_and_resumes_exactly(world, tmp_path, method):
-    flags = [*world[1], "--method", method, "--save-every", 1, "--keep", 9, "--overlong", "judge",
-             "--show-every", 1, *(["--max-new-tokens", 60] if method == "sft" else [])]
+    more = {"sft": ["--max-new-tokens", 60], "process": ["--overlong", "judge"], "distill": []}[method]
+    flags = [*world[1], "--method", method, "--save-every", 1, "--keep", 9, "--show-every", 1, *more]
     done = tiny.inside(*flags, "--steps", 4, "--out", tmp_path / "whole")
     assert f"ExpRL {method}" in done.stdout
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("step_[34]", "model"))

@@ -24,8 +24,8 @@ VARIANTS = {
                 "--eval-n", "3", "--eval-k", "1", "3"],
     "process": ["--method", "process", "--entropy-bonus", "0.01"],
     "grpo": ["--method", "grpo", "--kl", "0"],  # exact match is rare: whole processes may have no gradient
-    "sft": ["--method", "sft", "--max-new-tokens", "60"],
-    "distill": ["--method", "distill", "--distill-kl", "full", "--kl", "0"],
+    "sft": ["--method", "sft", "--overlong", "zero", "--max-new-tokens", "60"],
+    "distill": ["--method", "distill", "--overlong", "zero", "--distill-kl", "full", "--kl", "0"],
     "bfloat16": ["--dtype", "bfloat16"],
 }
 
@@ -203,7 +203,7 @@ def test_too_many_unread_traces_stop_all(world):
     home, flags = world
     out = home / "stopped"
     done = worker(home, 2, ([*flags, "--max-unread", "0.3", "--out", out], "unread"))
-    said = "50% of the traces have a grade that could not be read"
+    said = "50% of the traces that the judge got have a grade that could not be read"
     assert done.returncode == 1 and done.stderr.count(said) == 1
     assert len(exprl.read_jsonl(out / "rollouts.jsonl")) == 32  # what was judged is not lost
 
