@@ -212,7 +212,7 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
                     path, trust_remote_code=False))
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
-                                                         trust_remote_code=False, attn_implementation="sdpa")
+                                                         trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:  # damaged; or missing, offline, gated
         hub = ("\n  - no network? download the repository elsewhere and give its folder: --model /the/folder"
                "\n  - already in a cache? set HF_HOME to it (and HF_HUB_OFFLINE=1)"
@@ -856,7 +856,10 @@ class Sampler:
         for position in range(rows.max_new_tokens):
             out = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             self.tokens += ids.numel()
-            past = out.past_key_values
+            past = getattr(out, "past_key_values", None)
+            if past is None:
+                raise Refused(f"{self.model.config.model_type} hands back no cache to go on from: choose "
+                              "another model")
             token, logprob = choose_token(out.logits[:, -1], rows.temperature, noise[:, position])
             for trace, t, logp in zip(traces, token.tolist(), logprob.tolist()):
                 if not trace.finished:
@@ -935,6 +938,8 @@ class Sampler:
         """How likely is `target` after prompt[:cut] + suffix, for forks of (cut, suffix, target), none empty?
         One tensor a fork, in order: the log-prob f32 of each of the target's tokens. Shares what
         `next_logits` shares."""
+        if not all(suffix and target for some in forks for _, suffix, target in some):
+            raise Refused("a fork has an empty suffix or target")
         targets = [target for some in forks for _, _, target in some]
         ids = torch.tensor([t for target in targets for t in target], dtype=torch.long,
                            device=self.model.device)
@@ -1000,6 +1005,8 @@ class Sampler:
 
         On a GPU it stays for the next call, which may replay the CUDA graphs that know its address."""
         cuda = self.model.device.type == "cuda"
+        if self.network:
+            raise RuntimeError("this Sampler is at work: another thread, or a callback, takes one of its own")
         pages, width = longest, longest
         if self.graphs:  # rounded up: somewhat longer prompts shall need neither pages nor graphs anew
             pages, width = bucket(longest), 2 ** (longest - 1).bit_length()

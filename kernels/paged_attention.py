@@ -18,7 +18,9 @@ scaled_dot_product_attention with the group as query tokens 6.5 / 5.2, pages gat
 Triton (CUDA): a program per row, kv head and split of the sequence; splits are used when rows are few, and
 a second kernel merges them. On an H200 up to 4.2 TB/s (1,024 rows of 1,024 tokens, 12 heads on 2 of 128).
 
-Left out: queries of more than one token (prefill), sliding windows, sinks, soft-capping.
+Left out: queries of more than one token (prefill), sliding windows, sinks, soft-capping; float32 scores in
+bfloat16 on a CPU: of Qwen2.5-0.5B, whose keys have biases of up to 211, 0.8% of the log-probs are more than
+a tenth off float32's as a ratio, of transformers' own 0.4%.
 """
 
 import math
@@ -244,7 +246,7 @@ def random_case(lengths, shared=0, H=4, KVH=2, D=64, P=32, seed=0, dtype=torch.f
                            for shape in ((R, H, D), (R * M, KVH, P, D), (R * M, KVH, P, D)))
     table = torch.randperm(R * M, generator=generator).view(R, M)
     common = min(shared, min(lengths) // P)
-    table[:, :common] = table[0, :common]
+    table[:, :common] = table[0, :common].clone()
     used = torch.zeros(R * M, P, dtype=torch.bool)
     for row, length in zip(table, lengths):
         used[row] |= (torch.arange(M * P) < length).view(M, P)

@@ -444,6 +444,32 @@ def test_a_head_that_is_no_plain_product_is_refused(family, what):
                                          max_window_layers=0))
 
 
+def test_a_family_without_sdpa_loads(tmp_path):
+    shape = dict(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+                 num_key_value_heads=2, intermediate_size=64, sliding_window=16)
+    config = transformers.Gemma2Config(**shape, eos_token_id=256, pad_token_id=256, bos_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    net = load_lm(str(tmp_path)).model
+    rollout, = Sampler(net).sample([[1, 2, 3]], 1, 40, temperature=0.7)
+    assert rollout.logprobs == pytest.approx(teacher_forced(net, rollout, 0.7), abs=1e-4)
+
+
+def test_what_a_sampler_cannot_do_is_refused(monkeypatch):
+    net = tiny.model(seed=2)
+    sampler = Sampler(net)
+    with pytest.raises(sample.Refused, match="empty suffix"):
+        sampler.target_logprobs([[1, 2, 3]], [[(3, [], [4, 5])]])
+    again = lambda *_: sampler.sample([[1, 2, 3]], 1, 4)
+    with pytest.raises(RuntimeError, match="is at work"):
+        sampler.sample([[1, 2, 3]], 2, 8, on_trace=again)
+    assert again()
+    sampler.covered = False
+    monkeypatch.setattr(net, "forward", lambda **_: SimpleNamespace(logits=torch.zeros(1, 1, 260)))
+    with pytest.raises(sample.Refused, match="no cache to go on from"):
+        again()
+
+
 def test_sampled_tokens_follow_the_distribution():
     """Chi-square over the first token: 20,000 draws, 260 tokens in bins of at least 20 expected draws."""
     net, draws = tiny.model(seed=4), 20_000
