@@ -77,7 +77,8 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])" + _GROUPED)
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar) ?(?:\{([0-9]+)\}|([0-9]))")
 _RATIO = re.compile(r"([0-9.]+(?: ?: ?[0-9.]+)+)(?:[ '~\\]*([ap])\.? ?m\.?)?", re.I)
 _AMOUNT = r"([0-9]+(?:\.[0-9]+)?) ?(?!(?:and|or|times)\b)([a-z])[a-z]+\.?(?:,| and)? ?"
-_RELATION = re.compile(r"[<>\u2264\u2265]|\\[lg](?:t|eq?|eqslant)\b")
+_RELATION = re.compile(r"[<>\u2260\u2264\u2265]|\\(?:[lg](?:t|eq?|eqslant)|ll|gg|neq?|not)\b")
+_VARIABLES = re.compile(r"(?<![A-Za-z\\])[A-Za-z]")  # letters that are no command's
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
 
 
@@ -122,7 +123,7 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
     (name, value), (other, asked) = _assigned(guess), _assigned(gold)
     if name == other or "" in (name, other):
         guess, gold = value, asked
-    for read in (_decimal, _letter, _words, _named):
+    for read in (_decimal, _letter, _words, _named, _based):
         ours, theirs = read(gold), read(guess)
         if ours is not None and theirs is not None:
             return ours == theirs
@@ -152,7 +153,14 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
         return False
     if _is_relation(gold) != _is_relation(guess):
         return False
-    return _math_equal(_for_math_verify(gold), _for_math_verify(guess))
+    if _based(guess) and _decimal(gold) is not None:
+        return False
+    gold, guess = _for_math_verify(gold), _for_math_verify(guess)
+    if not ours and _VARIABLES.search(_STYLED.sub("", gold)):
+        # math-verify takes a last letter for a unit and drops it: the t of gt, too. Braced it stays
+        gold, guess = (re.sub(r"(?<![A-Za-z\\,;])(?<![,;] )([A-Za-hj-z])$", r"{\1}", one)
+                       for one in (gold, guess))
+    return _math_equal(gold, guess)
 
 
 def _clean(answer: str) -> str:
@@ -162,7 +170,7 @@ def _clean(answer: str) -> str:
     answer = _ROOT.sub(r"\\sqrt{\1}", _POWER.sub(lambda m: f"^{{{normalize('NFKC', m[0])}}}", answer))
     answer = _VULGAR.sub(lambda m: "\\frac{%s}{%s}" % (*normalize("NFKC", m[0]).split("\u2044"),), answer)
     answer = " ".join(answer.translate(_SIGNS).replace("{:}", ":").split())
-    for opens, closes in (("\\(", "\\)"), ("**", "**")):
+    for opens, closes in (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**")):
         if answer.startswith(opens) and answer.endswith(closes) and len(answer) > 4:
             answer = answer[2:-2].strip()
     answer = re.sub(r"^(?:US|USD|EUR|GBP) ?(?=[0-9.])", "", answer)
@@ -228,6 +236,12 @@ def _assigned(answer: str) -> tuple[str, str]:
     return "", answer
 
 
+def _based(answer: str) -> tuple[str, str] | None:
+    """"1011_2" or "(1011)_{2}" -> ("1011", "2"): to math-verify all bases are the same."""
+    found = re.fullmatch(r"\(?([0-9A-F]+)\)? ?_ ?\{?([0-9]+)\}?", answer)
+    return found and found.groups()
+
+
 def _letter(answer: str) -> str | None:
     """The letter of an option, which may stand before its text; a bare capital, too."""
     option = _LETTER.fullmatch(_STYLED.sub(r"\1", answer).strip())
@@ -259,7 +273,8 @@ def _is_relation(answer: str) -> bool:
 
 
 def _for_math_verify(answer: str) -> str:
-    r"""Without what it misreads: 1,500\pi (as a list) and 0.\overline{3} (as 0)."""
+    r"""Without what it misreads: 1,500\pi (as a list), 0.\overline{3} (as 0), -1./3 (as -1), 1 1/2 (as 1),
+    primes (it drops them), \gamma (as Euler's constant) and E_1 (as no LaTeX)."""
     joined = _THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), answer)
     if "," not in joined and not answer.startswith(("(", "[", "\\{", "\\left")):
         answer = joined
@@ -269,7 +284,13 @@ def _for_math_verify(answer: str) -> str:
         over = int(whole + fixed + period) - int(whole + fixed or "0")
         return f"\\frac{{{over}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}"
 
-    return _REPEATING.sub(fraction, answer)
+    answer = _REPEATING.sub(fraction, answer)
+    answer = re.sub(r"([0-9])\.(?=/)", r"\1", answer)
+    answer = re.sub(r"(?<![0-9.,/])([0-9]+)(?: |\\ )([0-9]+)/([0-9]+)(?![0-9.,/])", r"\1\\frac{\2}{\3}",
+                    answer)
+    answer = re.sub(r"(?<=[A-Za-z)}])'+", lambda m: "^{" + "\\prime" * len(m[0]) + "}", answer)
+    answer = re.sub(r"\\gamma(?![A-Za-z])", r"\\upsilon ", answer)
+    return re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\mathcal{E}", answer)
 
 
 @lru_cache(maxsize=16384)  # a group's traces give the same answers again and again
@@ -339,13 +360,15 @@ def _serve() -> None:
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # a stray print must not be read as a verdict
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
+    latex = [LatexExtractionConfig()]  # by default what is no LaTeX to it is the number in it: "2 E_0" is 2
     replies.write(b"ready\n")
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.alarm(WALL_SECONDS)
         try:  # math-verify's own timeouts are off: they use the same signal and need the main thread
-            gold, guess = (parse(f"${answer}$", parsing_timeout=None) for answer in json.loads(line))
+            gold, guess = (f"${answer}$" for answer in json.loads(line))
+            gold, guess = parse(gold, latex, parsing_timeout=None), parse(guess, parsing_timeout=None)
             equal = verify(gold, guess, timeout_seconds=None)
         except Exception:  # sympy raises about everything on garbage; garbage is not correct
             equal = False

@@ -135,7 +135,7 @@ def _read_problem(row: dict, name: str, place: str, domain: str, need_solution: 
         question += "\n\nGive the letter of the right option as the final answer."
         if solution and answer and last_box(solution) is None:
             solution += f"\n\\boxed{{{answer}}}"
-    elif "####" in answer:  # GSM8K
+    elif re.search(r"####.*\Z", answer):  # GSM8K
         reasoning, answer = (re.sub("<<[^<>\n]*>>", "", part).strip() for part in answer.rsplit("####", 1))
         solution = solution or (f"{reasoning}\n\\boxed{{{answer}}}" if reasoning and answer else reasoning)
     elif not answer:  # MATH. A last number would be a guess: enough for a trace, not for a reference
@@ -174,8 +174,8 @@ def _options(row: dict) -> dict[str, str]:
 
 
 def _chosen(row: dict, options: dict[str, str], solution: str) -> str:
-    """The right option's letter. `answer`, `answerKey` or the solution's box has it, or its place from 0, or its
-    text."""
+    """The right option's letter. `answer`, `answerKey` or the solution's box has it, or its place from 0, or
+    its text."""
     if type(row.get("answer")) is int and 0 <= row["answer"] < len(options):
         return list(options)[row["answer"]]
     answer = _text(row, "answer") or _text(row, "answerKey") or last_box(solution) or ""

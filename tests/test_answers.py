@@ -98,6 +98,10 @@ def test_extract_answer(text, answer):
     ("x=3, y=4", "(3,4)"),
     (r"10^3\text{ kg}", r"1000\ \mathrm{kg}"), (r"\sqrt{10}", "10^{1/2}"),
     ("5 km", r"5\text{ km}"), ("5 m", "5 meters"), ("5", r"5 \text{ m}"), ("5 kg", "5"),
+    ("-1./3", "-1/3"), ("-3./2", "-1.5"), ("3/2", "1 1/2"), ("1.5", "1 1/2 hours"), ("18", r"\[18\]"),
+    ("E_{1},E_{2}", "E_1, E_2"), (r"\frac13E_1+\frac23E_2", r"\frac{E_1+2E_2}{3}"), ("2516_8", "(2516)_8"),
+    (r"\frac{1}{m} t", "t/m"), (r"\frac{1}{\sqrt{2}}c", r"\frac{c}{\sqrt2}"), ("2516_8", "2516"),
+    (r"y^{\prime}+r y-r x(t)=0", "y'+ry-rx(t)=0"), (r"\frac12", r"\frac12 \text{ cm}"), ("3-2i", "-2i+3"),
 ])
 def test_same_answer(gold, guess):
     assert is_correct(boxed(guess), gold)
@@ -129,6 +133,10 @@ def test_same_answer(gold, guess):
     (r"1.6 \times 10^{-19} \mathrm{J}", r"1.7 \times 10^{-19} \mathrm{J}"),
     (r"0.0000002 \text{ m}", r"0.0000001 \text{ m}"),
     ("5 km", "5 m"), ("12 kg", "12 m"), (r"5\text{ km}", r"5 \text{m}"), ("5 cm", "5 mm"),
+    (r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}", "2"), ("2E_0", "2"), ("1", "1 1/2"),
+    (r"a \equiv 3 \pmod 7", "7"), ("-1./3", "-1"), (r"\frac{1}{m} t", r"\frac{1}{m}"), ("3t", "3"),
+    (r"\pi r^2 h", r"\pi r^2"), ("y''+y=0", "y'+y=0"), ("f'(x)", "f(x)"), (r"\gamma", "0.577216"),
+    (r"(\gamma-1)mc^2", r"(\gamma-3)mc^2"), ("11", "11_2"), ("101_2", "101_3"), ("3", r"\neq 3"),
 ])
 def test_other_answer(gold, guess):
     assert not is_correct(boxed(guess), gold)

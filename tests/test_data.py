@@ -111,6 +111,7 @@ BAD_ROWS = {
     "no answer": ({"problem": "1+1?", "solution": "It is 2."}, "no answer"),
     "box not closed": ({"problem": "1+1?", "solution": "It is \\boxed{2"}, "no answer"),
     "no ####": ({**GSM8K, "answer": "So\n18"}, "`answer` has several lines but none '####"),
+    "#### before its end": ({**GSM8K, "answer": "#### So\n\\boxed{18}"}, "`answer` has several lines but none"),
     "nothing after ####": ({**GSM8K, "answer": "So\n####"}, "no answer"),
     "same id": ({**PLAIN, "id": "first"}, "the id of line 1 again"),
     "id is a list": ({**PLAIN, "id": [1]}, "`id` is not a text"),
