@@ -740,6 +740,7 @@ class State:
     reference: torch.nn.Module | None  # the frozen start, for KL and teacher; the judge too if it is the same
     train: list[Problem]
     shown: dict[str, Problem]  # by id, with the reference that the judge is to see
+    frozen: dict[str, str]  # fingerprints of what must not change in a run: judge, frozen start
     held_out: list[Problem]
     device: str
     dtype: torch.dtype
@@ -792,6 +793,10 @@ def load_state(settings: Settings, weights: str | None) -> State:
     held_out = problems_or_exit(settings.eval_data, "test", skip_bad_rows=settings.skip_bad_rows)
     if not held_out:
         print("no --eval-data: nothing is evaluated on held-out problems", file=sys.stderr)
+    trained_on = {p.question for p in train}
+    if both := sum(p.question in trained_on for p in held_out):
+        print(f"WARNING: {both} of {len(held_out)} held-out problems are training problems, too",
+              file=sys.stderr)
     # with several processes the masters move to their devices in parts, in split()
     policy = load_lm(weights or settings.model, device if ranks() == 1 else "cpu", torch.float32)
     require_plain_head(policy.model)
@@ -842,7 +847,20 @@ def load_state(settings: Settings, weights: str | None) -> State:
                           "a question and reference too long for the judge's context",
                           "take another --judge", TRAINING)
     return State(policy, Pass(policy.model), sampling, Sampler(sampling, settings.max_rows, room), judge,
-                 reference and reference.model, train, shown, held_out, device, dtype)
+                 reference and reference.model, train, shown, frozen_prints(judge, reference), held_out,
+                 device, dtype)
+
+
+def frozen_prints(judge: Judge | None, reference: LM | None) -> dict[str, str]:
+    """Are the judge, its prompts, and the frozen start those of another day? (A folder may be written anew,
+    as runs/NAME/model is.) From some 64 numbers of each weight, the same whatever the dtype."""
+    def look(model, *asked) -> str:
+        some = [p.detach().flatten()[:: p.numel() // 64 + 1].bfloat16().float() for p in model.parameters()]
+        seen = torch.cat(some).cpu().numpy().tobytes() + json.dumps(asked).encode()
+        return hashlib.sha256(seen).hexdigest()[:16]
+
+    prints = {"frozen start": look(reference.model)} if reference else {}
+    return prints | ({"judge": look(judge.model, judge.fixed, judge.conclude, judge.stem)} if judge else {})
 
 
 def require_sound(state: State) -> None:
@@ -1471,6 +1489,11 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"--resume {resume}: no config.json of a run there ({type(error).__name__}); name a "
                          "run's folder")
+        known = {setting.name: setting.default for setting in dataclasses.fields(Settings)}
+        if unknown := base.keys() - known.keys():
+            parser.error(f"--resume {resume}: begun by other code, whose settings this does not have: "
+                         f"{', '.join(sorted(unknown))}")
+        base = known | base
         base, given = from_anywhere(base), from_anywhere(given)
         for name in ("model", "data", "seed", "questions", "group", "out", "method", *IGNORED_BY):
             if given.get(name, base[name]) != base[name]:
@@ -1597,7 +1620,8 @@ def start_run(settings: Settings) -> tuple[Path, State]:
 
 
 def refuse_used(run: Path) -> None:
-    if rank() == 0 and run.exists() and any(run.iterdir()):
+    # a kill before config.json stands leaves these two, with which nothing can go on
+    if rank() == 0 and run.exists() and {path.name for path in run.iterdir()} - {"lock", "config.json.tmp"}:
         raise SystemExit(f"{run} is not empty: --resume {run} goes on with it, or choose another --out")
 
 
@@ -1639,7 +1663,12 @@ def resume_run(run: Path, settings: Settings) -> State:
     state.lock = held
     if checkpoint:
         restore(state, checkpoint)
-    if fingerprint(state.train) != json.loads((run / "config.json").read_text())["train_fingerprint"]:
+    config = json.loads((run / "config.json").read_text())
+    for name, digest in config.get("frozen", {}).items():
+        if state.frozen.get(name, digest) != digest:
+            print(f"WARNING: the {name} is not what it was when {run} stopped (its weights or prompts): from "
+                  "here on this is another run", file=sys.stderr)
+    if fingerprint(state.train) != config["train_fingerprint"]:
         raise SystemExit(f"the training data is not the one {run} was started with: restore it (and "
                          "--max-prompt-tokens, --max-new-tokens, --judge and --readout, by which problems "
                          "are left out), or start a new run")
@@ -1713,6 +1742,7 @@ def main(argv=None) -> None:
     except Exception as error:
         give_up(error, explain(error))
     config = {"settings": dataclasses.asdict(settings), "train_fingerprint": fingerprint(state.train),
+              "frozen": state.frozen,
               "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
     size = sum(p.numel() for p in state.policy.model.parameters()) / 1e6
     judge = ("no judge" + " (exact match)" * (settings.method == "grpo") if state.judge is None

@@ -284,7 +284,7 @@ class Judge:
     def quote(self, text: str) -> list[int]:
         """Text of others: special tokens are spelled out, and nothing in it closes or opens a fence."""
         text = re.sub(r"<(?=\s*+/?\s*+(?:problem|reference|trace)\b)", "‹", text, flags=re.IGNORECASE)
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     def targets(self, problem: Problem) -> list[tuple[str, str]]:
         """What `likelihood` looks for behind a trace, (stem, text) each: the final answer, if there is one,

@@ -143,7 +143,8 @@ class LM:
 
     def quote(self, text: str) -> list[int]:
         """Text of others: what looks like a special token is spelled out."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        # not verbose: that a text exceeds the context is said, and heeded, elsewhere
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that AutoModelForCausalLM, vLLM and this project load."""
@@ -234,9 +235,7 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     except Exception as error:  # whatever a template raises
         raise SystemExit(f"{path}: its chat template takes no system prompt with a question ({error}): "
                          "choose another model, or mend the template in a copy of its folder") from error
-    prompts_file = Path(path) / "prompts.json"
-    prompts = json.loads(prompts_file.read_text()) if prompts_file.exists() else {}
-    lm = LM(path, model.to(device).eval(), tokenizer, prompts)
+    lm = LM(path, model.to(device).eval(), tokenizer, read_prompts(Path(path) / "prompts.json"))
     # A base model (Qwen2.5-1.5B) names the end of a document only. Prompted as a chat it closes its turn with
     # another token, and would go on with the user's next turn, and answer that.
     ends = end_tokens(model)
@@ -247,6 +246,28 @@ def load_lm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     if lm.turn_end not in (None, *ends):
         model.generation_config.eos_token_id = [*ends, lm.turn_end]
     return lm
+
+
+def read_prompts(path: Path) -> dict:
+    """A model's own prompts, {} without a file. A policy's are `system` and `distill` (see LM.chat and
+    exprl.py's hinted_question); a judge's have `user`, and `system` by view (see judge.Judge)."""
+    if not path.exists():
+        return {}
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(prompts, dict):
+            raise ValueError("it is no object")
+        kinds = {"system": str, "distill": str}
+        if "user" in prompts:
+            kinds = dict.fromkeys(("user", "readout", "stem", "no_reference"), str) | {
+                "system": dict, "critique_tokens": int}
+        for name, value in prompts.items():
+            if not isinstance(value, kinds.get(name, ())) or not value:
+                raise ValueError(f"{name}: a {'judge' if 'user' in prompts else 'policy'} has " + ", ".join(
+                    f"{known} ({kind.__name__})" for known, kind in kinds.items()) + ", none of them empty")
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}: correct or delete it") from error
+    return prompts
 
 
 def layer_kinds(config) -> list[str]:
@@ -1379,7 +1400,8 @@ def main() -> None:
     add("--out", type=new_file,
         help="write every trace to this JSONL file; after an interrupt the same command goes on")
     add("--unsolved", type=new_file,
-        help="write the problems without a right trace to this JSONL file: hard ones, for exprl.py --data")
+        help="write the problems without a right trace to this JSONL file: hard ones, for exprl.py --data "
+             "(where --data has splits: of the training split, otherwise test is taken)")
     add = parser.add_argument_group("sampling").add_argument
     add("--n", type=at_least(1), default=16, help="traces per problem")
     add("--k", type=at_least(1), nargs="+", help="pass@k for these k (default: 1, 2, 4, ... up to n)")
@@ -1408,7 +1430,12 @@ def main() -> None:
     ks = sorted(set(args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]))
     if ks[-1] > args.n:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")
-    problems = problems_or_exit(args.data, "test", skip_bad_rows=args.skip_bad_rows)[: args.limit]
+    outs = [args.out, args.out and args.out.with_suffix(".against.jsonl")]
+    written = [path for path in (*outs, args.unsolved) if path]
+    if len({*written}) < len(written) or {Path(name).resolve() for name in args.data}.intersection(written):
+        parser.error("--out, its .against.jsonl, --unsolved and --data must be different files")
+    problems = problems_or_exit(args.data, "train" if args.unsolved else "test",
+                                skip_bad_rows=args.skip_bad_rows)[: args.limit]
     device = pick_device(args.device)
     lm = load_lm(args.model, device, pick_dtype(args.dtype, device))
     other = load_lm(args.against, "meta") if args.against else lm  # one model in memory at a time
@@ -1416,7 +1443,6 @@ def main() -> None:
                                               args.max_prompt_tokens)
     print(f"{len(problems)} problems x {args.n} traces of at most {args.max_new_tokens} tokens, "
           f"temperature {args.temperature}")
-    outs = [args.out, args.out and args.out.with_suffix(".against.jsonl")]
     solved = [sample_and_print(args, lm, problems, ks, outs[0])]
     if args.unsolved:
         hard = [p for p, count in zip(problems, solved[0], strict=True) if count == 0]

@@ -193,7 +193,7 @@ def _text(row: dict, key: str) -> str:
     if value is None:
         return ""
     if key == "answer" and (type(value) is int or type(value) is float and math.isfinite(value)):
-        return str(value)
+        return str(int(value) if value == int(value) else value)  # pandas makes 72 a 72.0
     if not isinstance(value, str):
         raise ValueError(f"`{key}` is not a text: {value!a:.40}")
     unusable = _UNUSABLE.search(value)

@@ -93,8 +93,8 @@ def figure(rows: list[dict]) -> str:
             f'{"".join(drawn)}</svg>\n')
 
 
-def report(whole: Path, killed: Path, steps: int, kills: list[tuple[int, str]], out: Path) -> None:
-    """Table, figure and verdict of two finished runs; ends the program with 1 if they differ."""
+def report(whole: Path, killed: Path, steps: int, kills: list[tuple[int, str]], out: Path) -> bool:
+    """Table, figure and verdict of two finished runs: do they differ?"""
     memory = [{m["step"]: m["peak_gb"] for m in read_jsonl(run / "metrics.jsonl") if "seconds" in m}
               for run in (whole, killed)]
     rows = [dict(step=step, whole_gb=round(memory[0][step], 4), killed_gb=round(memory[1][step], 4),
@@ -105,11 +105,12 @@ def report(whole: Path, killed: Path, steps: int, kills: list[tuple[int, str]], 
         table.writerows(rows)
     (out / "endurance.svg").write_text(figure(rows))
     differing = differences(whole, killed, steps)
-    grown = rows[-1]["whole_gb"] - rows[min(49, len(rows) - 1)]["whole_gb"]
+    first = min(50, steps)
+    grown = rows[-1]["whole_gb"] - rows[first - 1]["whole_gb"]
     print(f"{len(kills)} kills ({sum(name == 'SIGKILL' for _, name in kills)} SIGKILL); "
           f"{'bit for bit the same' if not differing else 'DIFFERENT: ' + ', '.join(differing[:5])}; "
-          f"memory grew by {1024 * grown:.1f} MB from step 50 to {steps}")
-    raise SystemExit(bool(differing))
+          f"memory grew by {1024 * grown:.1f} MB from step {first} to {steps}")
+    return bool(differing)
 
 
 def main():
@@ -127,7 +128,10 @@ def main():
     if start(*FLAGS, "--steps", str(args.steps), "--out", str(whole.resolve())).wait():
         raise SystemExit("the undisturbed run failed; its message stands above")
     kills = disturbed(killed.resolve(), args.steps, args.kills, random.Random(args.seed))
-    report(whole, killed, args.steps, kills, args.out)
+    differ = report(whole, killed, args.steps, kills, args.out)
+    if len(kills) < args.kills:
+        raise SystemExit(f"only {len(kills)} of {args.kills} kills met the run: take more --steps")
+    raise SystemExit(differ)
 
 
 if __name__ == "__main__":

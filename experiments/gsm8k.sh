@@ -24,7 +24,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 if [ -n "${HARD:-}" ]; then
   [ -e "$out/hard.jsonl" ] || "$python" sample.py --model "$model" --data "$train" --temperature 0.8 \
-    --max-new-tokens 512 $HARD --unsolved "$out/hard.jsonl"
+    --max-new-tokens 512 --out "$out/hard.traces.jsonl" $HARD --unsolved "$out/hard.jsonl"
   train=$out/hard.jsonl
 fi
 for method in outcome process grpo; do

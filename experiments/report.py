@@ -43,6 +43,11 @@ def read_run(folder: Path, name: str, stride: int, notices: list[str]) -> Run:
                               lambda t: (t["step"] - 1) % stride == 0 or t["step"] == step)
     if broken + more:
         notices.append(f"{name}: {broken + more} broken lines of its .jsonl files are left out.")
+    made_on = [m["held_out"] for m in metrics if "held_out" in m]
+    if other := sum(one != made_on[-1] for one in made_on):  # the run was resumed with other flags
+        notices.append(f"{name}: {other} of its evaluations were made on something else than the last, "
+                       f"{made_on[-1]}, and are left out.")
+        metrics = [m for m in metrics if m.get("held_out", made_on[-1]) == made_on[-1]]
     settings = config["settings"] | {DATA: config.get("train_fingerprint", "")}
     return Run(name, settings, metrics, traces, step)
 
@@ -154,6 +159,10 @@ def build(folders: list[Path], max_mb: float) -> dict:
     runs = [read_run(folder, name if names.count(name) == 1 else str(folder), stride, notices)
             for folder, name in zip(folders, names)]
     named = {t.get("problem") for run in runs for t in run.traces}
+    made_on = {run.name: m["held_out"] for run in runs for m in run.metrics if "held_out" in m}
+    if len({*made_on.values()}) > 1:
+        notices.append("These runs' pass@k do not compare, they were evaluated on different things. " + "; ".join(
+            f"{name}: {what}" for name, what in made_on.items()) + ".")
     for run in runs:
         same_but_seed = json.dumps(run.settings | {"seed": 0, "out": ""}, sort_keys=True)
         groups.setdefault(same_but_seed, []).append(run)

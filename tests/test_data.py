@@ -111,7 +111,7 @@ BAD_ROWS = {
     "no answer": ({"problem": "1+1?", "solution": "It is 2."}, "no answer"),
     "box not closed": ({"problem": "1+1?", "solution": "It is \\boxed{2"}, "no answer"),
     "no ####": ({**GSM8K, "answer": "So\n18"}, "`answer` has several lines but none '####"),
-    "#### before its end": ({**GSM8K, "answer": "#### So\n\\boxed{18}"}, "`answer` has several lines but none"),
+    "#### before its end": ({**GSM8K, "answer": "#### So\n\\boxed{18}"}, "`answer` has several lines"),
     "nothing after ####": ({**GSM8K, "answer": "So\n####"}, "no answer"),
     "same id": ({**PLAIN, "id": "first"}, "the id of line 1 again"),
     "id is a list": ({**PLAIN, "id": [1]}, "`id` is not a text"),
@@ -369,6 +369,7 @@ def test_options_are_shown_in_the_question(tmp_path, row):
     ({"choices": ["B", "O", "A"], "answer": "B"}, "B"),
     ({"choices": ["10", "3", "2"], "answer": "2"}, "C"),
     ({"answer": 7**400}, str(7**400)),  # no float is as large
+    ({"answer": 72.0}, "72"), ({"answer": -0.0}, "0"), ({"answer": 0.5}, "0.5"),  # pandas writes 72 so
     ({"choices": [f"o{i}" for i in range(26)], "answer": 25}, "Z"),
 ])
 def test_an_answer_is_a_letter_or_a_number(tmp_path, row, answer):

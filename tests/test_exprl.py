@@ -659,7 +659,8 @@ def test_the_closing_table_compares_like_with_like(world, tmp_path):
     """A run may be resumed with other held-out problems, or fewer."""
     run = tmp_path / "run"
     tiny.inside(*world[1], "--method", "sft", "--overlong", "zero", "--group", 1, "--max-new-tokens", 60,
-                "--steps", 1, "--eval-data", world[0] / "eval.jsonl", "--eval-n", 1, "--eval-k", 1, "--out", run)
+                "--steps", 1, "--eval-data", world[0] / "eval.jsonl", "--eval-n", 1, "--eval-k", 1,
+                "--out", run)
     done = tiny.inside("--resume", run, "--steps", 2, "--eval-limit", 2)
     assert "from here on --eval-limit 2, it was 200\n" in done.stderr and " references a step" in done.stdout
     table = done.stdout
@@ -691,6 +692,36 @@ def test_flags_that_make_no_sense_are_refused(world, capsys, monkeypatch):
     for flags, said in (([], True), (["--updates", "2"], False)):
         exprl.parse([*world[1], "--clip-high", "0.4", *flags])
         assert ("--clip-high has no effect" in capsys.readouterr().err) == said
+
+
+def test_a_resumed_run_says_what_is_no_longer_what_it_was(world, tmp_path, capsys):
+    home, run = shutil.copytree(world[0], tmp_path / "home"), tmp_path / "run"
+    flags = [str(flag).replace(str(world[0]), str(home)) for flag in world[1]]
+    tiny.inside(*flags, "--kl", 0.1, "--steps", 1, "--out", run)
+    assert "WARNING" not in tiny.inside("--resume", run, "--steps", 2, "--dtype", "bfloat16").stderr
+    assert "WARNING" not in tiny.inside("--resume", run, "--steps", 3, "--kl", 0).stderr
+    tiny.save(home / "judge", seed=3, spread=0.5)
+    done = tiny.inside("--resume", run, "--steps", 4, "--kl", 0.1)
+    assert "the judge is not what it was" in done.stderr and "the frozen start is" not in done.stderr
+    (run / "config.json").write_text(json.dumps(
+        {"settings": json.loads((run / "config.json").read_text())["settings"] | {"bonus": 1.0}}))
+    with pytest.raises(SystemExit):
+        exprl.parse(["--resume", str(run)])
+    assert "settings this does not have: bonus" in capsys.readouterr().err
+
+
+def test_held_out_problems_that_are_trained_on_are_counted(world, capsys):
+    build(world, "--eval-data", world[0] / "eval.jsonl")
+    assert "3 of 3 held-out problems are training problems, too" in capsys.readouterr().err
+
+
+def test_what_a_kill_before_the_first_step_leaves_is_no_run(world, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("lock", "config.json.tmp"):
+        (run / name).touch()
+    tiny.inside(*world[1], "--steps", 1, "--out", run)
+    assert (run / "model").exists()
 
 
 def test_gradients_of_a_shared_token_are_added_in_one_order(world):

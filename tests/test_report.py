@@ -120,6 +120,18 @@ def test_metrics_by_domain_and_by_step_of_the_trace(tmp_path):
     assert (line := curves["step_grades"]["lines"][0])["x"] == [1, 3] and line["y"] == [0.75, 0.25]
 
 
+def test_evaluations_on_different_things_are_not_joined(tmp_path):
+    runs = [write_run(tmp_path / name / name, [], [evaluation(step, value) | {"held_out": what}
+                                                   for step, value, what in points])
+            for name, points in (("a", [(0, 0.1, "60 tokens"), (2, 0.2, "160 tokens"), (4, 0.4, "160 tokens")]),
+                                 ("b", [(4, 0.3, "60 tokens")]))]
+    page = report.build(runs, 60)
+    assert [row["pass@1"] for row in page["heldOut"]] == [[(2, 0.2, 0.1, 0.4), (4, 0.4, 0.2, 0.8)],
+                                                          [(4, 0.3, 0.15, 0.6)]]
+    assert "a: 1 of its evaluations" in page["notices"][0] and "160 tokens" in page["notices"][0]
+    assert "a: 160 tokens; b: 60 tokens." in page["notices"][1]
+
+
 def test_groups_by_step_problem_and_size(tmp_path):
     ids = ["train/1"] * 8 + ["train/2"] * 3  # a problem twice in a step, then a group that lacks a trace
     run = write_run(tmp_path / "r", [trace(problem=i) for i in ids] + [trace(step=2)])

@@ -444,6 +444,20 @@ def test_a_head_that_is_no_plain_product_is_refused(family, what):
                                          max_window_layers=0))
 
 
+@pytest.mark.parametrize("text, said", [
+    ('{"system": "a",}', "prompts.json: "), ("[]", "it is no object"),
+    ('{"User": "a"}', "User: a policy has"), ('{"user": "a", "system": "b"}', "system: a judge has user"),
+    ('{"user": "a", "stem": ""}', "none of them empty"),
+    ('{"user": "a", "critique_tokens": "62"}', "critique_tokens"),
+])
+def test_prompts_that_cannot_be_used_are_named(tmp_path, text, said):
+    (tmp_path / "prompts.json").write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(said) + ".*correct or delete it"):
+        sample.read_prompts(tmp_path / "prompts.json")
+    (tmp_path / "prompts.json").write_text('{"system": "a"}', encoding="utf-8-sig")
+    assert sample.read_prompts(tmp_path / "prompts.json") == {"system": "a"}
+
+
 def test_a_family_without_sdpa_loads(tmp_path):
     shape = dict(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
                  num_key_value_heads=2, intermediate_size=64, sliding_window=16)
@@ -636,6 +650,10 @@ def test_unsolved_problems_are_written_as_data(tmp_path, monkeypatch, capsys):
     sample.main()
     assert "of 2 of 3 problems" in capsys.readouterr().out
     again = load_problems(str(hard), need_solution=True)
+    sys.argv += ["--out", str(hard)]
+    with pytest.raises(SystemExit):
+        sample.main()
+    assert "must be different files" in capsys.readouterr().err
     assert [replace(p, id="") for p in again] == [replace(problems[i], id="") for i in (0, 2)]
     assert [p.id for p in again] == [f"hard/{problems[i].id}" for i in (0, 2)]
 
