@@ -262,9 +262,9 @@ def read_prompts(path: Path) -> dict:
             kinds = dict.fromkeys(("user", "readout", "stem", "no_reference"), str) | {
                 "system": dict, "critique_tokens": int}
         for name, value in prompts.items():
-            if not isinstance(value, kinds.get(name, ())) or not value:
+            if not isinstance(value, kinds.get(name, ())) or (name, value) == ("stem", ""):
                 raise ValueError(f"{name}: a {'judge' if 'user' in prompts else 'policy'} has " + ", ".join(
-                    f"{known} ({kind.__name__})" for known, kind in kinds.items()) + ", none of them empty")
+                    f"{known} ({kind.__name__})" for known, kind in kinds.items()) + "; and no empty stem")
     except ValueError as error:
         raise SystemExit(f"{path}: {error}: correct or delete it") from error
     return prompts

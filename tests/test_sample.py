@@ -447,7 +447,7 @@ def test_a_head_that_is_no_plain_product_is_refused(family, what):
 @pytest.mark.parametrize("text, said", [
     ('{"system": "a",}', "prompts.json: "), ("[]", "it is no object"),
     ('{"User": "a"}', "User: a policy has"), ('{"user": "a", "system": "b"}', "system: a judge has user"),
-    ('{"user": "a", "stem": ""}', "none of them empty"),
+    ('{"user": "a", "stem": ""}', "no empty stem"),
     ('{"user": "a", "critique_tokens": "62"}', "critique_tokens"),
 ])
 def test_prompts_that_cannot_be_used_are_named(tmp_path, text, said):
