@@ -178,7 +178,7 @@ if triton is not None:
 
 def block_shape(query) -> tuple[int, int]:
     """Keys at a time, and the compiler's num_stages, by its code (not yet timed): 64 keys spill registers but
-    on Hopper and the large Blackwells; and where keys lie is loaded first, which takes stages of its own: with
+    on Hopper and the large Blackwells (these spill at most 24 bytes, at few shapes); and where keys lie is loaded first, which takes stages of its own: with
     5 three copies of keys or values are under way while a block is computed, with fewer none. D = 256 has no
     room for them."""
     small = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] not in (9, 10)
