@@ -1494,8 +1494,11 @@ def parse(argv=None) -> tuple[Settings, Path | None]:
             parser.error(f"--resume {resume}: begun by other code, whose settings this does not have: "
                          f"{', '.join(sorted(unknown))}")
         base = known | base
+        # what the run never heard, of a time when that was no error
+        base |= {name: known[name] for name, methods in IGNORED_BY.items() if base["method"] in methods}
         base, given = from_anywhere(base), from_anywhere(given)
-        for name in ("model", "data", "seed", "questions", "group", "out", "method", *IGNORED_BY):
+        for name in ("model", "data", "seed", "questions", "group", "out", "method",
+                     *IGNORED_BY.keys() - {"overlong", "loss_mean"}):
             if given.get(name, base[name]) != base[name]:
                 parser.error(f"--resume continues the same run: {flag(name)} cannot change")
         for name, value in given.items():
@@ -1665,7 +1668,7 @@ def resume_run(run: Path, settings: Settings) -> State:
         restore(state, checkpoint)
     config = json.loads((run / "config.json").read_text())
     for name, digest in config.get("frozen", {}).items():
-        if state.frozen.get(name, digest) != digest:
+        if state.frozen.setdefault(name, digest) != digest:
             print(f"WARNING: the {name} is not what it was when {run} stopped (its weights or prompts): from "
                   "here on this is another run", file=sys.stderr)
     if fingerprint(state.train) != config["train_fingerprint"]:

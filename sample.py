@@ -57,7 +57,7 @@ if _ours is not None:
     sys.modules["kernels"] = _ours
 
 from data import (  # noqa: E402
-    MINIATURE, Problem, bootstrap_interval, fingerprint, is_correct, load_problems, pass_at_k)
+    MINIATURE, Problem, bootstrap_interval, fingerprint, is_correct, load_problems, pass_at_k, split_domain)
 from kernels import (  # noqa: E402
     choose_token, paged_attention, plan_pages, plan_prefill, prefill_attention, rotate_, swiglu,
     token_logprob, upload)
@@ -262,9 +262,12 @@ def read_prompts(path: Path) -> dict:
             kinds = dict.fromkeys(("user", "readout", "stem", "no_reference"), str) | {
                 "system": dict, "critique_tokens": int}
         for name, value in prompts.items():
-            if not isinstance(value, kinds.get(name, ())) or (name, value) == ("stem", ""):
+            empty = name in ("stem", "critique_tokens") and not value
+            if not isinstance(value, kinds.get(name, ())) or empty:
                 raise ValueError(f"{name}: a {'judge' if 'user' in prompts else 'policy'} has " + ", ".join(
-                    f"{known} ({kind.__name__})" for known, kind in kinds.items()) + "; and no empty stem")
+                    f"{known} ({kind.__name__})" for known, kind in kinds.items()) + ", not empty or 0")
+            if isinstance(value, dict) and not all(isinstance(text, str) for text in value.values()):
+                raise ValueError("system: a text for each view of a trace")
     except ValueError as error:
         raise SystemExit(f"{path}: {error}: correct or delete it") from error
     return prompts
@@ -1430,10 +1433,12 @@ def main() -> None:
     ks = sorted(set(args.k or [2**i for i in range(args.n.bit_length()) if 2**i <= args.n]))
     if ks[-1] > args.n:
         parser.error(f"--k must lie between 1 and --n {args.n}, got {ks}")
-    outs = [args.out, args.out and args.out.with_suffix(".against.jsonl")]
+    outs = [args.out, args.out and args.against and args.out.with_suffix(".against.jsonl")]
     written = [path for path in (*outs, args.unsolved) if path]
-    if len({*written}) < len(written) or {Path(name).resolve() for name in args.data}.intersection(written):
-        parser.error("--out, its .against.jsonl, --unsolved and --data must be different files")
+    sources = [Path(split_domain(spec)[1]).expanduser().resolve() for spec in args.data]
+    if len({*written}) < len(written) or any(path in sources or path.parent in sources for path in written):
+        parser.error("--out, its .against.jsonl, --unsolved and --data must be different files, and none may "
+                     "lie in a folder that is --data")
     problems = problems_or_exit(args.data, "train" if args.unsolved else "test",
                                 skip_bad_rows=args.skip_bad_rows)[: args.limit]
     device = pick_device(args.device)
@@ -1446,8 +1451,10 @@ def main() -> None:
     solved = [sample_and_print(args, lm, problems, ks, outs[0])]
     if args.unsolved:
         hard = [p for p, count in zip(problems, solved[0], strict=True) if count == 0]
-        write_atomically(args.unsolved, jsonl([asdict(p) for p in hard]))
-        print(f"  no trace is right of {len(hard)} of {len(problems)} problems, now in {args.unsolved}")
+        if hard:
+            write_atomically(args.unsolved, jsonl([asdict(p) for p in hard]))
+        print(f"  no trace is right of {len(hard)} of {len(problems)} problems"
+              f"{f', now in {args.unsolved}' if hard else ': there is nothing to write'}")
     if args.against:
         del lm
         other = load_lm(other.name, device, pick_dtype(args.dtype, device))
@@ -1458,7 +1465,7 @@ def main() -> None:
             difference = np.subtract(ours, theirs)
             low, high = bootstrap_interval(difference)
             print(f"  pass@{k:<4d} {difference.mean():+7.2%}   {low:+.2%} .. {high:+.2%}")
-    for out in outs if args.out else ():
+    for out in filter(None, outs):
         partial_of(out).unlink(missing_ok=True)
 
 

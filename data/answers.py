@@ -79,6 +79,10 @@ _RATIO = re.compile(r"([0-9.]+(?: ?: ?[0-9.]+)+)(?:[ '~\\]*([ap])\.? ?m\.?)?", r
 _AMOUNT = r"([0-9]+(?:\.[0-9]+)?) ?(?!(?:and|or|times)\b)([a-z])[a-z]+\.?(?:,| and)? ?"
 _RELATION = re.compile(r"[<>\u2260\u2264\u2265]|\\(?:[lg](?:t|eq?|eqslant)|ll|gg|neq?|not)\b")
 _VARIABLES = re.compile(r"(?<![A-Za-z\\])[A-Za-z]")  # letters that are no command's
+# A last letter that is a factor, perhaps before a unit; "10 s" may be seconds.
+_LAST = re.compile(r"(?<![A-Za-z\\,;=])(?<!(?<!\\)[,;] )(?<!= )([A-Za-hj-z])"
+                   r"(?= ?(?:\\(?:text|mathrm) ?\{[^{}]*\})?$)")
+_SECONDS = re.compile(r"[-0-9.,/]+ [A-Za-z]")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}")  # four letters and more: "abc" may be a product
 
 
@@ -153,13 +157,12 @@ def is_correct(text: str, answer: str, finished: bool = True) -> bool:
         return False
     if _is_relation(gold) != _is_relation(guess):
         return False
-    if _based(guess) and _decimal(gold) is not None:
+    if (based := _based(guess)) and based[1] != "10" and _decimal(gold) is not None:
         return False
     gold, guess = _for_math_verify(gold), _for_math_verify(guess)
-    if not ours and _VARIABLES.search(_STYLED.sub("", gold)):
+    if not (ours or _measured(gold) or _SECONDS.fullmatch(gold)) and _VARIABLES.search(_STYLED.sub("", gold)):
         # math-verify takes a last letter for a unit and drops it: the t of gt, too. Braced it stays
-        gold, guess = (re.sub(r"(?<![A-Za-z\\,;])(?<![,;] )([A-Za-hj-z])$", r"{\1}", one)
-                       for one in (gold, guess))
+        gold, guess = (_LAST.sub(r"{\1}", one) for one in (gold, guess))
     return _math_equal(gold, guess)
 
 
@@ -167,6 +170,7 @@ def _clean(answer: str) -> str:
     r"""Without currency and math mode's dollars, outer \( \), ** ** or \text{}, extra spaces, a final full
     stop; signs as LaTeX writes them."""
     answer = re.sub(r"\\?[$\u00a3\u20ac\u00a5]", "", answer)
+    answer = re.sub("\u00b0 ?([CFK])?", lambda m: f"\\text{{ {m[0]}}}" if m[1] else "^{\\circ}", answer)
     answer = _ROOT.sub(r"\\sqrt{\1}", _POWER.sub(lambda m: f"^{{{normalize('NFKC', m[0])}}}", answer))
     answer = _VULGAR.sub(lambda m: "\\frac{%s}{%s}" % (*normalize("NFKC", m[0]).split("\u2044"),), answer)
     answer = " ".join(answer.translate(_SIGNS).replace("{:}", ":").split())
@@ -239,7 +243,7 @@ def _assigned(answer: str) -> tuple[str, str]:
 def _based(answer: str) -> tuple[str, str] | None:
     """"1011_2" or "(1011)_{2}" -> ("1011", "2"): to math-verify all bases are the same."""
     found = re.fullmatch(r"\(?([0-9A-F]+)\)? ?_ ?\{?([0-9]+)\}?", answer)
-    return found and found.groups()
+    return found and (found[1].lstrip("0"), found[2])
 
 
 def _letter(answer: str) -> str | None:
@@ -290,7 +294,7 @@ def _for_math_verify(answer: str) -> str:
                     answer)
     answer = re.sub(r"(?<=[A-Za-z)}])'+", lambda m: "^{" + "\\prime" * len(m[0]) + "}", answer)
     answer = re.sub(r"\\gamma(?![A-Za-z])", r"\\upsilon ", answer)
-    return re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\mathcal{E}", answer)
+    return re.sub(r"(?<![A-Z\\])E(?=_)", r"\\mathcal{E}", answer)
 
 
 @lru_cache(maxsize=16384)  # a group's traces give the same answers again and again

@@ -135,7 +135,7 @@ def _read_problem(row: dict, name: str, place: str, domain: str, need_solution: 
         question += "\n\nGive the letter of the right option as the final answer."
         if solution and answer and last_box(solution) is None:
             solution += f"\n\\boxed{{{answer}}}"
-    elif re.search(r"####.*\Z", answer):  # GSM8K
+    elif "####" in answer.rpartition("\n")[2]:  # GSM8K
         reasoning, answer = (re.sub("<<[^<>\n]*>>", "", part).strip() for part in answer.rsplit("####", 1))
         solution = solution or (f"{reasoning}\n\\boxed{{{answer}}}" if reasoning and answer else reasoning)
     elif not answer:  # MATH. A last number would be a guess: enough for a trace, not for a reference

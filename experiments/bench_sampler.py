@@ -294,8 +294,8 @@ def ragged(model, deadline=30):
                     lengths.append(len(output.generated_tokens))
             seconds = time.perf_counter() - start
             manager.stop(hard_stop=True)
-        if not lengths:
-            raise RuntimeError("no rollout ended")
+        if not lengths or len(lengths) < 8 * len(prompts) and seconds < deadline:
+            raise RuntimeError(f"it stopped after {len(lengths)} rollouts")
         return lengths, seconds
 
     ways = {"sample.py": ours,

@@ -101,6 +101,11 @@ def test_extract_answer(text, answer):
     ("-1./3", "-1/3"), ("-3./2", "-1.5"), ("3/2", "1 1/2"), ("1.5", "1 1/2 hours"), ("18", r"\[18\]"),
     ("E_{1},E_{2}", "E_1, E_2"), (r"\frac13E_1+\frac23E_2", r"\frac{E_1+2E_2}{3}"), ("2516_8", "(2516)_8"),
     (r"\frac{1}{m} t", "t/m"), (r"\frac{1}{\sqrt{2}}c", r"\frac{c}{\sqrt2}"), ("2516_8", "2516"),
+    ("y=x", "x=y"), (r"\frac{1}{m} t", r"\frac{1}{m} \, t"), ("50t", r"50t \text{ miles}"),
+    ("5 meters", "5 m"), ("140", "140_{10}"), ("60\u00b0", r"60^\circ"), ("60\u00b0", "60"),
+    ("10 s", "10"), ("1011_2", "01011_2"), ("18", "18\u00b0C"), ("25\u00b0C", "25"),
+    ("25\u00b0C", r"25^\circ\text{C}"),
+    (r"\frac{eE_0}{m}", r"\frac{e E_0}{m}"),
     (r"y^{\prime}+r y-r x(t)=0", "y'+ry-rx(t)=0"), (r"\frac12", r"\frac12 \text{ cm}"), ("3-2i", "-2i+3"),
 ])
 def test_same_answer(gold, guess):
@@ -137,6 +142,7 @@ def test_same_answer(gold, guess):
     (r"a \equiv 3 \pmod 7", "7"), ("-1./3", "-1"), (r"\frac{1}{m} t", r"\frac{1}{m}"), ("3t", "3"),
     (r"\pi r^2 h", r"\pi r^2"), ("y''+y=0", "y'+y=0"), ("f'(x)", "f(x)"), (r"\gamma", "0.577216"),
     (r"(\gamma-1)mc^2", r"(\gamma-3)mc^2"), ("11", "11_2"), ("101_2", "101_3"), ("3", r"\neq 3"),
+    (r"3t \text{ miles}", r"3 \text{ miles}"),
 ])
 def test_other_answer(gold, guess):
     assert not is_correct(boxed(guess), gold)

@@ -703,6 +703,13 @@ def test_a_resumed_run_says_what_is_no_longer_what_it_was(world, tmp_path, capsy
     tiny.save(home / "judge", seed=3, spread=0.5)
     done = tiny.inside("--resume", run, "--steps", 4, "--kl", 0.1)
     assert "the judge is not what it was" in done.stderr and "the frozen start is" not in done.stderr
+    config = json.loads((run / "config.json").read_text())
+    assert {*config["frozen"]} == {"judge", "frozen start"}  # the latter over a time without a KL
+    for method, name in (("sft", "overlong"), ("distill", "loss_mean")):  # heard by neither, once no error
+        config["settings"] |= {"method": method, name: {"overlong": "judge", "loss_mean": "trace"}[name]}
+        (run / "config.json").write_text(json.dumps(config))
+        settings, _ = exprl.parse(["--resume", str(run)])
+        assert getattr(settings, name) == getattr(Settings, name)
     (run / "config.json").write_text(json.dumps(
         {"settings": json.loads((run / "config.json").read_text())["settings"] | {"bonus": 1.0}}))
     with pytest.raises(SystemExit):

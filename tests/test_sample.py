@@ -447,7 +447,7 @@ def test_a_head_that_is_no_plain_product_is_refused(family, what):
 @pytest.mark.parametrize("text, said", [
     ('{"system": "a",}', "prompts.json: "), ("[]", "it is no object"),
     ('{"User": "a"}', "User: a policy has"), ('{"user": "a", "system": "b"}', "system: a judge has user"),
-    ('{"user": "a", "stem": ""}', "no empty stem"),
+    ('{"user": "a", "stem": ""}', "not empty or 0"),
     ('{"user": "a", "critique_tokens": "62"}', "critique_tokens"),
 ])
 def test_prompts_that_cannot_be_used_are_named(tmp_path, text, said):
@@ -650,10 +650,12 @@ def test_unsolved_problems_are_written_as_data(tmp_path, monkeypatch, capsys):
     sample.main()
     assert "of 2 of 3 problems" in capsys.readouterr().out
     again = load_problems(str(hard), need_solution=True)
-    sys.argv += ["--out", str(hard)]
-    with pytest.raises(SystemExit):
-        sample.main()
-    assert "must be different files" in capsys.readouterr().err
+    for more in (["--out", str(hard)], ["--unsolved", str(data), "--data", f"math={data}"],
+                 ["--data", str(tmp_path)]):
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:9], "--unsolved", str(hard), *more])
+        with pytest.raises(SystemExit):
+            sample.main()
+        assert "must be different files" in capsys.readouterr().err
     assert [replace(p, id="") for p in again] == [replace(problems[i], id="") for i in (0, 2)]
     assert [p.id for p in again] == [f"hard/{problems[i].id}" for i in (0, 2)]
 
