@@ -929,13 +929,18 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
             weights[name] = weight if ranks() == 1 else weight.cpu()  # a copy: a GPU may have no room for all
             moments |= own if ranks() == 1 else {key: value.cpu() for key, value in own.items()}
     files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
+    with together(phase="saving"):
+        if rank() == 0:  # what a save left that failed must not be taken for this one's
+            shutil.rmtree(tmp, ignore_errors=True)
     sums = {}
     with together(phase="saving"):
         tmp.mkdir(parents=True, exist_ok=True)
         save_file(weights, tmp / ("model" + part), {"format": "pt"})
         save_file(moments, tmp / ("optimizer" + part))
         sums |= {name + part: sha256(tmp / (name + part)) for name in ("model", "optimizer")}
-        if rank() == 0:
+    sums = {name: digest for own in gather(sums) for name, digest in own.items()}  # each of what it wrote
+    with together(phase="saving"):
+        if rank() == 0:  # all parts stand: until then their writers have files of other names there
             state.policy.save_config(tmp)
             if ranks() > 1:  # as Hugging Face names parts and finds them
                 (tmp / "model.safetensors.index.json").write_text(
@@ -944,9 +949,6 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
                 {"step": state.step, "seen": state.seen, "bad_updates": state.bad_updates}))
             small = [p for p in tmp.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
             sums |= {str(p.relative_to(tmp)): sha256(p) for p in small}
-    sums = {name: digest for own in gather(sums) for name, digest in own.items()}  # each of what it wrote
-    with together(phase="saving"):
-        if rank() == 0:
             (tmp / "sha256.json").write_text(json.dumps(sums))
             publish(tmp, target)
             for old in complete_checkpoints(run)[: -settings.keep]:
@@ -1249,11 +1251,12 @@ def run_training(state: State, settings: Settings, run: Path) -> None:
                 state.step += 1
                 state.interrupts.settle()
                 history.append(metrics)
-                report(bar, history, records, settings)
-                if gamed(history) and not gamed(history[:-1]):
-                    bar.write(f"ALARM, step {state.step}: over the last 20 steps the judge's score rose "
-                              "while accuracy fell. The policy may be gaming the judge: read its best-graded "
-                              "wrong traces in rollouts.jsonl")
+                with together(phase="logging"):  # one process prints, perhaps to a pipe that is gone
+                    report(bar, history, records, settings)
+                    if gamed(history) and not gamed(history[:-1]):
+                        bar.write(f"ALARM, step {state.step}: over the last 20 steps the judge's score rose "
+                                  "while accuracy fell. The policy may be gaming the judge: read its "
+                                  "best-graded wrong traces in rollouts.jsonl")
                 if state.bad_updates >= 3:
                     raise Stop("the gradient was not finite in three updates in a row, which were skipped: "
                                "lower --lr, or check the model in --dtype float32")
@@ -1296,14 +1299,15 @@ def evaluation(state: State, settings: Settings, run: Path, bar) -> None:
     records = in_order(places, records)
     metrics = summary(records, settings.eval_n, settings.eval_k)
     metrics["tokens_per_second"] = sum(r["tokens"] for r in records) / (time.perf_counter() - start)
-    if rank() == 0:
-        (run / "evaluations").mkdir(exist_ok=True)
-        write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", jsonl(records))
     of = (f"{len(state.held_out)} problems ({fingerprint(state.held_out)}) x {settings.eval_n} traces, "
           f"at most {settings.max_new_tokens} tokens, temperature {settings.temperature}")
-    log(state, run / "metrics.jsonl", {"step": state.step, "held_out": of, **metrics})
-    bar.write(f"step {state.step}: held out, " + ", ".join(
-        f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
+    with together(phase="evaluating"):
+        if rank() == 0:
+            (run / "evaluations").mkdir(exist_ok=True)
+            write_atomically(run / "evaluations" / f"step_{state.step}.jsonl", jsonl(records))
+        log(state, run / "metrics.jsonl", {"step": state.step, "held_out": of, **metrics})
+        bar.write(f"step {state.step}: held out, " + ", ".join(
+            f"pass@{k} {metrics[f'pass@{k}']:.1%}" for k in sorted(set(settings.eval_k))))
 
 
 def evaluated(logged: list[dict]) -> set[int]:
@@ -1584,7 +1588,7 @@ def complaints(s: Settings) -> list[tuple[bool, str]]:
         (s.updates * ranks() > s.questions,
          "--questions must be at least --updates x processes: in each update each needs a problem"),
         (ranks() > 1 and s.device not in ("auto", "cpu", "cuda"),
-         "under torchrun each process takes the GPU of its number: leave --device out"),
+         "under torchrun each process takes the GPU of its number: --device auto"),
         (ranks() > 1 and s.judge_device.startswith("cuda"),
          "under torchrun --judge-device is +N: the judge of each process on a GPU of its own"),
         (s.judge_device[:1] == "+" and s.judge_device[1:].isdigit()
@@ -1766,7 +1770,7 @@ def main(argv=None) -> None:
             go_on = "nothing was begun"
         print(f"\n{stop}; {go_on}", file=sys.stderr)
         # a signal's own exit status, so that a script does not go on with what comes next
-        raise SystemExit(1 if stop.by is None else 128 + stop.by if ranks() == 1 else 0) from stop
+        raise SystemExit(1 if stop.by is None else 128 + stop.by) from stop
     except Exception as error:
         begun = (run / "config.json").exists()
         if (isinstance(error, Refused) or not begun) and leave_nothing(state, run, resume):

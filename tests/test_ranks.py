@@ -31,7 +31,7 @@ VARIANTS = {
 
 # Several runs in each process: starting one costs seconds. A fault is (rank, what happens there).
 WORKER = """
-import json, sys
+import json, sys, time
 sys.path.insert(0, "tests")
 import tiny, exprl
 exprl.join()
@@ -58,6 +58,18 @@ for flags, fault in json.loads(sys.argv[1]):
                 raise RuntimeError("CUDA error: out of memory")
             exprl.gather(None)  # as the others wait in an update's collectives
         exprl.optimizer_step = optimizer_step
+    if fault == "slow" and exprl.rank() == 1:
+        save = exprl.save_file
+        def save_file(tensors, path, *more):  # as safetensors does it: under another name first
+            path.with_name(".tmpX").touch()
+            time.sleep(1)
+            path.with_name(".tmpX").unlink()
+            save(tensors, path, *more)
+        exprl.save_file = save_file
+    if fault == "pipe" and exprl.rank() == 0:
+        def report(*args):
+            raise BrokenPipeError(32, "Broken pipe")
+        exprl.report = report
     exprl.main(flags)
     exprl.grade_whole = whole
 exprl.leave()
@@ -226,6 +238,17 @@ def test_an_error_while_others_wait_in_an_update_is_said(world):
     assert f"--resume {out}" in done.stderr
 
 
+def test_a_checkpoint_is_whole_where_a_process_writes_late_and_a_lost_terminal_costs_no_step(world):
+    home, flags = world
+    out = home / "slow"
+    done = worker(home, 2, ([*flags, "--out", out], "slow"),
+                  (["--resume", out, "--steps", "4", "--save-every", "0"], "pipe"))
+    assert done.returncode == 1 and "reading or writing failed while logging" in done.stderr
+    saved = exprl.complete_checkpoints(out)
+    assert [p.name for p in saved] == ["step_1", "step_2", "step_3"] and all(map(exprl.intact, saved))
+    assert [m["step"] for m in metrics(out)] == [1, 2, 3]
+
+
 def test_bad_input_is_said_once(world):
     home, flags = world
     (home / "bad.jsonl").write_text('{"question": ""}\n')
@@ -291,7 +314,7 @@ def test_sigterm_saves_together(world):
     with running(world, out, 1000) as process:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=240)
-    assert "stopped by SIGTERM" in said
+    assert "stopped by SIGTERM" in said and process.returncode != 0
     last = metrics(out)[-1]["step"]
     assert exprl.complete_checkpoints(out)[-1].name == f"step_{last}"
     assert len(list((out / "checkpoints" / f"step_{last}").glob("optimizer-*"))) == 2
