@@ -119,11 +119,6 @@ class LM:
                                                        return_dict=False, **TEMPLATE_OPTIONS))
 
     @cached_property
-    def overhead(self) -> int:
-        """Tokens of a prompt beside the question's."""
-        return len(self.chat(""))
-
-    @cached_property
     def turn_end(self) -> int | None:
         """The token that closes the answer in the chat template; the tokenizer's end token if none does."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
@@ -1311,9 +1306,10 @@ def with_room(lms: list[LM], problems: list[Problem], max_new_tokens: int | None
         raise SystemExit(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
                          "context: lower it")
     limit, long = min(room, max_prompt_tokens), []
+    sure = limit - max(len(lm.chat("")) for lm in lms)
     for p in problems:  # a token has at least one byte: most questions need no tokenizing
         text = asked(p)
-        if any(len(text.encode()) > limit - lm.overhead and len(lm.chat(text)) > limit for lm in lms):
+        if len(text.encode()) > sure and any(len(lm.chat(text)) > limit for lm in lms):
             long.append(p)
     remedy = f"lower --max-new-tokens {max_new_tokens}" if limit == room else "raise --max-prompt-tokens"
     return leave_out(problems, long, f"more than {limit} prompt tokens", remedy, kind), max_new_tokens
