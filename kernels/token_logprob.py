@@ -103,14 +103,17 @@ def each_chunk(hidden, weight, temperature, needed, visit):
     head = weight.to(dtype)
     dhidden = torch.empty_like(hidden) if needed[0] else None
     dweight = new_dweight(weight, hidden) if needed[1] else None
-    for rows, buffer in chunks(len(hidden), head):
+    size = chunk_rows(len(hidden), len(head), head.element_size(), head.device.type)
+    buffer = torch.empty(size, len(head), device=head.device, dtype=dtype)  # for one chunk after the other
+    for start in range(0, len(hidden), size or 1):
+        rows = slice(start, start + size)
         h = hidden[rows].to(dtype)
-        z = buffer.addmm_(h, head.T, beta=0, alpha=1 / temperature)
+        z = buffer[: len(h)].addmm_(h, head.T, beta=0, alpha=1 / temperature)
         visit(z, rows)
         if needed[0]:
             dhidden[rows] = z @ head
         if needed[1]:
-            add_product_(dweight, z, h, first=rows.start == 0)
+            add_product_(dweight, z, h, first=start == 0)
     return dhidden, dweight.to(weight.dtype) if needed[1] else None
 
 
@@ -136,14 +139,6 @@ def row_functions(hidden):
 def new_vector(hidden, dtype=None):
     dtype = dtype or torch.promote_types(hidden.dtype, torch.float32)
     return torch.empty(len(hidden), device=hidden.device, dtype=dtype)
-
-
-def chunks(N, head):
-    """Slices of the N rows, equally large, each with its part of one reused buffer (rows,V)."""
-    size = chunk_rows(N, len(head), head.element_size(), head.device.type)
-    buffer = torch.empty(size, len(head), device=head.device, dtype=head.dtype)
-    for start in range(0, N, size or 1):
-        yield slice(start, start + size), buffer[: N - start]
 
 
 def chunk_rows(N, V, bytes_each, device):
