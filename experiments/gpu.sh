@@ -48,7 +48,7 @@ for part in "${parts[@]}"; do
       --out "$out/sampler_bench.csv" ;;
     kernels)
       for kernel in token_advantages paged_attention prefill_attention choose_token; do
-        run $kernel "$python" kernels/$kernel.py
+        run $kernel "$python" experiments/bench_kernels.py $kernel
       done
       run head "$python" experiments/bench_head.py --csv "$out/head_bench.csv" ;;
     sampler) run sampler "$python" experiments/bench_sampler.py --what sampling judging --model "$model" \

@@ -1,9 +1,8 @@
 """Operations that deserve a GPU kernel, a file each: formula, PyTorch version, for most a Triton version.
 
 PyTorch serves the CPU and machines without Triton, Triton serves CUDA; packed_attention and reverse_kl are
-PyTorch everywhere. token_logprob, token_advantages, paged_attention and prefill_attention, run as programs
-(`python kernels/token_logprob.py`), check themselves against float64. Then the first two are timed, the other
-two on CUDA only, and so is choose_token.
+PyTorch everywhere. `python kernels/token_logprob.py` checks and times the head, `python
+experiments/bench_kernels.py` times others on a GPU; the tests hold all of them against float64.
 """
 
 from .choose_token import choose_token

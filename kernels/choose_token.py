@@ -133,18 +133,3 @@ def triton_choose(logits, temperature, seed, trace, position):
         draw_kernel[(R,)](logits, stats, seed, temperature, trace, position, out, V, trace.stride(0), blocks,
                           BLOCK=GPU_BLOCK, BLOCKS=max(16, triton.next_power_of_2(blocks)), num_warps=8)
     return out
-
-
-def benchmark(rows=(1, 16, 64, 256, 1024), V=151936):
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-          f"bfloat16, {V} entries")
-    for R in rows:
-        logits = torch.randn(R, V, device="cuda", dtype=torch.bfloat16)
-        trace = torch.arange(2 * R, device="cuda", dtype=torch.int32).view(R, 2)
-        knobs = torch.ones(1, device="cuda"), torch.ones(1, device="cuda", dtype=torch.int64)
-        ms = triton.testing.do_bench_cudagraph(lambda: triton_choose(logits, *knobs, *trace.unbind(1)))
-        print(f"{R:6} rows {1000 * ms:8.1f} us {2e-9 * R * V / ms:6.2f} TB/s")
-
-
-if __name__ == "__main__" and torch.cuda.is_available():
-    benchmark()

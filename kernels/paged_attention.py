@@ -222,7 +222,7 @@ def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=
     return out
 
 
-# ---- check -------------------------------------------------------------------------------------------------
+# ---- for tests ---------------------------------------------------------------------------------------------
 
 
 def plain_paged_attention(query, keys, values, table, lengths, scaling):
@@ -252,40 +252,3 @@ def random_case(lengths, shared=0, H=4, KVH=2, D=64, P=32, seed=0, dtype=torch.f
         used[row] |= (torch.arange(M * P) < length).view(M, P)
     keys, values = (x.where(used[:, None, :, None], unused) for x in (keys, values))
     return query, keys, values, table.int(), torch.tensor(lengths, dtype=torch.int32)
-
-
-def check(device):
-    for lengths, shared, H, KVH, D in (([1, 32, 33, 100, 257], 0, 4, 4, 64), ([64, 65, 257], 2, 6, 3, 64),
-                                       ([32, 33, 100], 1, 14, 2, 128)):
-        case = random_case(lengths, shared, H, KVH, D, unused=0)
-        got = paged_attention(*(x.to(device) for x in case), D**-0.5).cpu().double()
-        torch.testing.assert_close(got, plain_paged_attention(*case, D**-0.5), rtol=1e-5, atol=1e-5)
-
-
-def benchmark(rows=(1, 16, 64, 256, 1024), context=1024, H=12, KVH=2, D=128, P=32):
-    """Qwen2.5-1.5B's heads: microseconds, and TB/s of keys and values read. With 5 stages loads are under way
-    while a block is computed (see block_shape in prefill_attention.py), but fewer programs fit."""
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-          f"bfloat16, {context} tokens a row, {H} heads on {KVH} of {D}")
-    M = context // P
-    for R in rows:
-        query = torch.randn(R, H, D, device="cuda", dtype=torch.bfloat16)
-        keys, values = torch.randn(2, max(R * M, 2**12), KVH, P, D, device="cuda", dtype=torch.bfloat16)
-        table = torch.randperm(len(keys), device="cuda")[: R * M].view(R, M).int()
-        lengths = torch.full((R,), context, device="cuda", dtype=torch.int32)
-        usual = split_count(R * KVH, M, torch.cuda.get_device_properties(0).multi_processor_count)
-        for splits, stages in ((s, n) for s in sorted({usual, max(1, usual // 2)}) for n in (3, 5)):
-            run = lambda: triton_paged_attention(  # noqa: B023
-                query, keys, values, table, lengths, D**-0.5, splits, stages)
-            ms = triton.testing.do_bench_cudagraph(run)
-            speed = 4e-9 * R * context * KVH * D / ms
-            print(f"{R:6} rows, {splits} splits, {stages} stages {1000 * ms:8.1f} us {speed:6.2f} TB/s"
-                  + "  (as in use)" * (splits == usual and stages == 3))
-
-
-if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(device)
-    print("paged_attention agrees with float64")
-    if device == "cuda":
-        benchmark()

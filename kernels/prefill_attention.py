@@ -201,7 +201,7 @@ def triton_prefill_attention(query, key, value, keys, values, plan, scaling):
     return out
 
 
-# ---- check -------------------------------------------------------------------------------------------------
+# ---- for tests ---------------------------------------------------------------------------------------------
 
 
 def plain_prefill_attention(query, key, value, keys, values, pieces, scaling):
@@ -246,36 +246,3 @@ SPANS = [  # a prompt from its start; one behind 40 tokens; a run with two stems
     [(0, range(70), 70)], [(40, range(33), 33)], [(1, range(1), 1)],
     [(64, range(30), 30), (80, [30, 31, 32, 33], 4), (80, [30, 31, 34, 35, 36], 3), (94, [37], 1)],
 ]
-
-
-def check(device):
-    case = random_case(SPANS, H=6, KVH=2, unused=0.0)
-    query, key, value, keys, values = (x.to(device) for x in case[:5])
-    plan = plan_prefill(case[5], 3, 64, query.dtype, device)
-    got = prefill_attention(query, key, value, keys, values, plan, 0.125).cpu().double()
-    torch.testing.assert_close(got, plain_prefill_attention(*case, 0.125), rtol=1e-5, atol=1e-5)
-
-
-def benchmark(H=12, KVH=2, D=128):
-    """Qwen2.5-1.5B's heads, 8,192 tokens: microseconds a layer, and TFLOP/s."""
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16")
-    stems = [(2048, range(1024 + 16 * i, 1040 + 16 * i), 16) for i in range(64)]
-    for label, pieces in (("28 prompts of 292 tokens", [[(0, range(292), 292)]] * 28),
-                          ("4 runs of 2,048 behind 2,048", [[(2048, range(2048), 2048)]] * 4),
-                          ("4 runs of 1,024 with 64 stems of 16", [[(1024, range(1024), 1024), *stems]] * 4)):
-        case = random_case(pieces, H, KVH, D, dtype=torch.bfloat16, unused=0.0)
-        query, key, value, keys, values = (x.cuda() for x in case[:5])
-        plan = plan_prefill(case[5], H // KVH, D, query.dtype, "cuda")
-        run = lambda: prefill_attention(query, key, value, keys, values, plan, D**-0.5)  # noqa: B023
-        ms = triton.testing.do_bench_cudagraph(run)
-        pairs = sum(count * (context + len(own) - count / 2)
-                    for spans in pieces for context, own, count in spans)
-        print(f"{label:40} {1000 * ms:8.1f} us {4e-9 * pairs * H * D / ms:6.0f} TFLOP/s")
-
-
-if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(device)
-    print("prefill_attention agrees with float64")
-    if device == "cuda":
-        benchmark()

@@ -16,8 +16,6 @@ does one with fewer than 2 traces left.
 Sources: DeepSeekMath arXiv 2402.03300 (std), Dr. GRPO 2503.20783 (mean), ExpRL 2606.17024 (the others).
 
 Left out: discounting; statistics over several devices (a problem's traces belong on one).
-
-    python kernels/token_advantages.py     # checks against a loop over traces, then times
 """
 
 from statistics import fmean, stdev
@@ -154,11 +152,11 @@ def triton_token_advantages(grades, n_steps, step_ids, group, norm):
     return out
 
 
-# ---- check and benchmark -----------------------------------------------------------------------------------
+# ---- for tests ---------------------------------------------------------------------------------------------
 
 
 def loop_token_advantages(grades, n_steps, step_ids, group, norm):
-    """The rules trace by trace in Python floats (float64): the reference of tests and check."""
+    """The rules trace by trace in Python floats (float64): the reference of tests."""
     traces = [row[:n] for row, n in zip(grades.tolist(), n_steps.tolist())]
     read = [len(s) > 0 and all(x == x for x in s) for s in traces]
     out = torch.zeros(step_ids.shape)
@@ -193,41 +191,3 @@ def random_case(N, S, T, seed, device="cpu"):
     ids = (torch.rand(N, T, generator=generator).sort(1).values * (n_steps[:, None] + 2)).long() - 1
     ids[ids >= n_steps[:, None]] = -1
     return [x.to(device) for x in (grades, n_steps, ids)]
-
-
-def check(device):
-    for norm in NORMS:
-        for seed, (N, S, T, group) in enumerate([(4, 1, 3, 2), (16, 5, 33, 8), (30, 40, 70, 15)]):
-            grades, n_steps, ids = random_case(N, 1 if norm in ("std", "mean") else S, T, seed, device)
-            want = loop_token_advantages(grades, n_steps, ids, group, norm)
-            got = token_advantages(grades, n_steps, ids, group, norm)
-            torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
-
-
-def benchmark(device):
-    from torch.utils.benchmark import Timer
-
-    N, S, T, group = 1024, 32, 4096, 16
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    versions = {"PyTorch": torch_token_advantages}
-    if device == "cuda" and triton is not None:
-        versions["Triton"] = triton_token_advantages
-    software = f"torch {torch.__version__}, triton {triton and triton.__version__}"
-    print(f"{name}, {software}, {N=} {S=} {T=} {group=}")
-    print("GB/s: step ids read and advantages written, 12 bytes a token")
-    print(f"{'':12}" + "".join(f"{label + ' ms':>14}{'GB/s':>8}" for label in versions))
-    for norm in NORMS:
-        case = random_case(N, 1 if norm in ("std", "mean") else S, T, 0, device)
-        line = f"{norm:12}"
-        for version in versions.values():
-            run = dict(f=version, case=(*case, group, norm))
-            timer = Timer("f(*case)", globals=run, num_threads=torch.get_num_threads())
-            took = timer.blocked_autorange(min_run_time=0.5).median  # on CUDA it waits for the device
-            line += f"{1e3 * took:14.3f}{12e-9 * N * T / took:8.1f}"
-        print(line)
-
-
-if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(device)
-    benchmark(device)
