@@ -22,23 +22,33 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernels.token_logprob import CHUNK_BYTES, check, token_logprob, triton  # noqa: E402
+from kernels.token_logprob import CHUNK_BYTES, plain_token_logprob, token_logprob, triton  # noqa: E402
 
 head = importlib.import_module("kernels.policy_head")  # the package exports a function of this name
 
 
-def check_head(device):
-    """Loss, metrics and float32 gradients on ragged shapes, against float64: within 1e-4 of the largest."""
-    for N, d, V in ((1, 8, 5), (300, 48, 1003), (70, 64, 20011)):
-        results = []
-        for function, dtype in ((head.plain_policy_head, torch.float64), (head.policy_head, torch.float32)):
-            h, w, ids, *rest = (x.to(device) for x in head.random_case(N, d, V))
-            h, w = (x.to(dtype).requires_grad_() for x in (h, w))
-            out = function(h, w, ids, *(x.to(dtype) for x in rest), denominator=N, kl=0.1, entropy_weight=0.1)
-            out.loss.backward()
-            results.append([x.detach().double() for x in (*out, h.grad, w.grad)])
-        for want, got in zip(*results):
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()) + 1e-6)
+def check(device):
+    """Values and float32 gradients of both on ragged shapes, against float64: within 1e-4 of the largest."""
+    for N, d, V, temperature in ((1, 8, 5, 1.0), (300, 48, 1003, 0.7), (70, 64, 20011, 1.3)):
+        hidden, weight, ids, *batch = (x.to(device) for x in head.random_case(N, d, V))
+
+        def logprobs(way, h, w, dtype):
+            logp, entropy = way(h, w, ids, temperature)
+            return (logp * batch[0] + entropy * batch[1]).sum(), logp, entropy
+
+        def losses(way, h, w, dtype):
+            return way(h, w, ids, *(x.to(dtype) for x in batch), denominator=N, kl=0.1, entropy_weight=0.1)
+
+        for outputs, plain, ours in ((logprobs, plain_token_logprob, token_logprob),
+                                     (losses, head.plain_policy_head, head.policy_head)):
+            results = []
+            for way, dtype in ((plain, torch.float64), (ours, torch.float32)):
+                h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+                loss, *metrics = outputs(way, h, w, dtype)
+                loss.backward()
+                results.append([x.detach().double() for x in (loss, *metrics, h.grad, w.grad)])
+            for want, got in zip(*results):
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()) + 1e-6)
 
 
 def peak_extra_bytes(run, device):
@@ -227,7 +237,6 @@ def main():
     if args.chunk_mb:
         CHUNK_BYTES[device] = int(args.chunk_mb * 1e6)
     check(device)
-    check_head(device)
     benchmark(device, args.rows or (8192 if device == "cuda" else 1024), args.csv)
 
 

@@ -235,10 +235,6 @@ def test_ids_out_of_range_give_nan_in_triton():
     assert logp.isnan().tolist() == [True, False, True]
 
 
-def test_the_programs_own_check():
-    logprob.check(DEVICE)
-
-
 def run_python(code):
     """In a process of its own at the repository's root, with Triton's compiler, not its interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from experiments.bench_head import check_head, peak_extra_bytes
+from experiments.bench_head import check, peak_extra_bytes
 
 head = importlib.import_module("kernels.policy_head")  # `kernels.policy_head` is the function
 logprob = importlib.import_module("kernels.token_logprob")
@@ -325,7 +325,7 @@ def test_wrong_input_is_named():
 
 
 def test_the_programs_own_check():
-    check_head(DEVICE)
+    check(DEVICE)
 
 
 @pytest.mark.gpu
