@@ -220,35 +220,3 @@ def triton_paged_attention(query, keys, values, table, lengths, scaling, splits=
         if splits > 1:
             merge_kernel[(R * H,)](part, lse, out, D=D, D_BLOCK=d_block, SPLITS=splits)
     return out
-
-
-# ---- for tests ---------------------------------------------------------------------------------------------
-
-
-def plain_paged_attention(query, keys, values, table, lengths, scaling):
-    """Row by row in float64: the reference of the tests."""
-    out, group = torch.zeros(query.shape, dtype=torch.float64), query.shape[1] // keys.shape[1]
-    for r, length in enumerate(lengths.tolist()):
-        pages = table[r, : -(-length // keys.shape[2])].long()
-        k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :length].double().repeat_interleave(group, 0)
-                for x in (keys, values))
-        weights = (torch.einsum("hd,htd->ht", query[r].double(), k) * scaling).softmax(-1)
-        out[r] = torch.einsum("ht,htd->hd", weights, v)
-    return out
-
-
-def random_case(lengths, shared=0, H=4, KVH=2, D=64, P=32, seed=0, dtype=torch.float32, unused=torch.nan):
-    """Rows of the given lengths, whose first `shared` pages, if they are full in all, are the same; pages in
-    random order; `unused` fills everything that belongs to no row."""
-    generator = torch.Generator().manual_seed(seed)
-    R, M = len(lengths), -(-max(lengths) // P)
-    query, keys, values = (torch.randn(*shape, generator=generator).to(dtype)
-                           for shape in ((R, H, D), (R * M, KVH, P, D), (R * M, KVH, P, D)))
-    table = torch.randperm(R * M, generator=generator).view(R, M)
-    common = min(shared, min(lengths) // P)
-    table[:, :common] = table[0, :common].clone()
-    used = torch.zeros(R * M, P, dtype=torch.bool)
-    for row, length in zip(table, lengths):
-        used[row] |= (torch.arange(M * P) < length).view(M, P)
-    keys, values = (x.where(used[:, None, :, None], unused) for x in (keys, values))
-    return query, keys, values, table.int(), torch.tensor(lengths, dtype=torch.int32)

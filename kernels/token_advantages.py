@@ -18,8 +18,6 @@ Sources: DeepSeekMath arXiv 2402.03300 (std), Dr. GRPO 2503.20783 (mean), ExpRL 
 Left out: discounting; statistics over several devices (a problem's traces belong on one).
 """
 
-from statistics import fmean, stdev
-
 import torch
 
 try:
@@ -150,44 +148,3 @@ def triton_token_advantages(grades, n_steps, step_ids, group, norm):
             token_advantages_kernel[(N,)](
                 grades, n_steps, step_ids, out, S, T, EQUAL, GROUP=group, NORM=norm, **blocks)
     return out
-
-
-# ---- for tests ---------------------------------------------------------------------------------------------
-
-
-def loop_token_advantages(grades, n_steps, step_ids, group, norm):
-    """The rules trace by trace in Python floats (float64): the reference of tests."""
-    traces = [row[:n] for row, n in zip(grades.tolist(), n_steps.tolist())]
-    read = [len(s) > 0 and all(x == x for x in s) for s in traces]
-    out = torch.zeros(step_ids.shape)
-    for i, s in enumerate(traces):
-        if not read[i]:
-            continue
-        first = i // group * group
-        others = [fmean(traces[j]) for j in range(first, first + group) if read[j]]
-        if norm == "delta":
-            A = [s[k] - s[k - 1] for k in range(len(s))]  # s[-1] is the last grade
-        elif norm == "end":
-            A = [x - s[-1] for x in s[:-1]] + [s[-1]]
-        else:
-            A = [x - fmean(others) for x in s]
-        if norm in ("mean", "step_mean"):
-            A = [0.0 if abs(x) <= EQUAL else x for x in A]
-        if norm == "std":
-            dead = len(others) < 2 or max(others) - min(others) <= EQUAL
-            A = [0.0 if dead else x / (stdev(others) + 1e-6) for x in A]
-        for t, k in enumerate(step_ids[i].tolist()):
-            out[i, t] = A[k] if k >= 0 else 0.0
-    return out
-
-
-def random_case(N, S, T, seed, device="cpu"):
-    """Grades (N,S), NaN beyond n_steps and at step 1 of each eighth trace; ids with prompt and padding."""
-    generator = torch.Generator().manual_seed(seed)
-    grades = torch.randint(5, (N, S), generator=generator) / 4
-    n_steps = torch.randint(0, S + 1, (N,), generator=generator)
-    grades[torch.arange(S) >= n_steps[:, None]] = torch.nan
-    grades[::8, 0] = torch.nan
-    ids = (torch.rand(N, T, generator=generator).sort(1).values * (n_steps[:, None] + 2)).long() - 1
-    ids[ids >= n_steps[:, None]] = -1
-    return [x.to(device) for x in (grades, n_steps, ids)]

@@ -16,6 +16,35 @@ VERSIONS = ["torch", pytest.param("triton", marks=needs_triton)]
 RAGGED = [1, 31, 32, 33, 130]  # around the ends of pages, one token, several blocks
 
 
+def plain_paged_attention(query, keys, values, table, lengths, scaling):
+    """Row by row in float64."""
+    out, group = torch.zeros(query.shape, dtype=torch.float64), query.shape[1] // keys.shape[1]
+    for r, length in enumerate(lengths.tolist()):
+        pages = table[r, : -(-length // keys.shape[2])].long()
+        k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :length].double().repeat_interleave(group, 0)
+                for x in (keys, values))
+        weights = (torch.einsum("hd,htd->ht", query[r].double(), k) * scaling).softmax(-1)
+        out[r] = torch.einsum("ht,htd->hd", weights, v)
+    return out
+
+
+def random_case(lengths, shared=0, H=4, KVH=2, D=64, P=32, seed=0, dtype=torch.float32, unused=torch.nan):
+    """Rows of the given lengths, whose first `shared` pages, if they are full in all, are the same; pages in
+    random order; `unused` fills everything that belongs to no row."""
+    generator = torch.Generator().manual_seed(seed)
+    R, M = len(lengths), -(-max(lengths) // P)
+    query, keys, values = (torch.randn(*shape, generator=generator).to(dtype)
+                           for shape in ((R, H, D), (R * M, KVH, P, D), (R * M, KVH, P, D)))
+    table = torch.randperm(R * M, generator=generator).view(R, M)
+    common = min(shared, min(lengths) // P)
+    table[:, :common] = table[0, :common].clone()
+    used = torch.zeros(R * M, P, dtype=torch.bool)
+    for row, length in zip(table, lengths):
+        used[row] |= (torch.arange(M * P) < length).view(M, P)
+    keys, values = (x.where(used[:, None, :, None], unused) for x in (keys, values))
+    return query, keys, values, table.int(), torch.tensor(lengths, dtype=torch.int32)
+
+
 def attend(version, case, scaling, splits=1):
     query, keys, values, table, lengths = (x.to(DEVICE) for x in case)
     if version == "triton":
@@ -30,8 +59,8 @@ def attend(version, case, scaling, splits=1):
 def test_ragged_rows_and_groups(version, group, D):
     """In Triton everything outside the rows is NaN; PyTorch reads it with weight 0, so there it is 1e4."""
     unused = torch.nan if version == "triton" else 1e4
-    case = paged.random_case(RAGGED, H=2 * group, KVH=2, D=D, unused=unused)
-    want = paged.plain_paged_attention(*case, D**-0.5)
+    case = random_case(RAGGED, H=2 * group, KVH=2, D=D, unused=unused)
+    want = plain_paged_attention(*case, D**-0.5)
     assert torch.allclose(attend(version, case, D**-0.5).double(), want, atol=2e-6, rtol=1e-5)
 
 
@@ -39,8 +68,8 @@ def test_ragged_rows_and_groups(version, group, D):
 def test_splits_of_the_sequence(splits, lengths):
     if paged.triton is None:
         pytest.skip("no Triton")
-    case = paged.random_case(lengths, H=6, KVH=3)
-    want = paged.plain_paged_attention(*case, 0.125)
+    case = random_case(lengths, H=6, KVH=3)
+    want = plain_paged_attention(*case, 0.125)
     assert torch.allclose(attend("triton", case, 0.125, splits).double(), want, atol=2e-6, rtol=1e-5)
 
 
@@ -49,9 +78,9 @@ def test_splits_of_the_sequence(splits, lengths):
 def test_shared_pages(version, P):
     """11 rows share 3 pages: more than one group of sharers; a row that ends inside a shared page too."""
     lengths = [3 * P + i for i in range(10)] + [3 * P]
-    case = paged.random_case(lengths, shared=3, H=6, KVH=2, P=P, unused=0.0)
+    case = random_case(lengths, shared=3, H=6, KVH=2, P=P, unused=0.0)
     case[4][7] = 2 * P + 5
-    want = paged.plain_paged_attention(*case, 0.125)
+    want = plain_paged_attention(*case, 0.125)
     assert torch.allclose(attend(version, case, 0.125).double(), want, atol=2e-6, rtol=1e-5)
 
 
@@ -59,16 +88,16 @@ def test_shared_pages(version, P):
 def test_bfloat16_loses_little_more_than_its_rounding(version):
     if version == "triton" and DEVICE == "cpu":
         pytest.skip("the interpreter's dot reads bfloat16 as integers")
-    case = paged.random_case(RAGGED, H=6, KVH=2, dtype=torch.bfloat16, unused=0.0)
-    want = paged.plain_paged_attention(*case, 0.125)
+    case = random_case(RAGGED, H=6, KVH=2, dtype=torch.bfloat16, unused=0.0)
+    want = plain_paged_attention(*case, 0.125)
     assert (attend(version, case, 0.125).double() - want).abs().max() < 0.03
 
 
 def test_large_scores_stay_finite():
     for version in ("torch", "triton") if paged.triton is not None else ("torch",):
-        case = paged.random_case([40, 80], unused=0.0)
+        case = random_case([40, 80], unused=0.0)
         case[0].mul_(1e4)
-        want = paged.plain_paged_attention(*case, 1.0)
+        want = plain_paged_attention(*case, 1.0)
         assert torch.allclose(attend(version, case, 1.0).double(), want, atol=1e-3)
 
 
@@ -97,8 +126,8 @@ def test_a_plan_names_every_page_once():
 def test_gpu_sizes(rows):
     generator = np.random.default_rng(rows)
     lengths = generator.integers(1, 2048, rows).tolist()
-    case = paged.random_case(lengths, H=12, KVH=2, D=128, dtype=torch.bfloat16)
-    want = paged.plain_paged_attention(*case, 128**-0.5)
+    case = random_case(lengths, H=12, KVH=2, D=128, dtype=torch.bfloat16)
+    want = plain_paged_attention(*case, 128**-0.5)
     query, keys, values, table, lengths = (x.cuda() for x in case)
     got = paged.paged_attention(query, keys, values, table, lengths, 128**-0.5)
     assert (got.cpu().double() - want).abs().max() < 0.03
