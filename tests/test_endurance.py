@@ -123,10 +123,13 @@ def test_two_programs_do_not_write_one_run(world, tmp_path, monkeypatch):
     assert resume(run).step == 4
 
     settings, _ = exprl.parse(["--out", str(tmp_path / "new"), "--method", "grpo"])
-    monkeypatch.setattr(exprl, "build_state", lambda _: (tmp_path / "new" / "lock").touch())  # another's
-    (tmp_path / "new").mkdir()
-    with pytest.raises(SystemExit, match="not empty"):
-        exprl.start_run(settings)
+    new, others = tmp_path / "new", []
+    new.mkdir()
+    for begins, said in ((lambda: others.append(exprl.lock(new)), "is being trained by another program"),
+                         ((new / "config.json").touch, "not empty")):
+        monkeypatch.setattr(exprl, "build_state", lambda _: begins() or types.SimpleNamespace())
+        with pytest.raises(SystemExit, match=said):
+            exprl.start_run(settings)
 
 
 def test_runs_started_in_the_same_second_have_names_of_their_own(tmp_path, monkeypatch):
