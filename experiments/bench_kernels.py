@@ -81,6 +81,8 @@ def choose_token(rows=(1, 16, 64, 256, 1024), V=151936):
 BENCHMARKS = {f.__name__: f for f in (token_advantages, paged_attention, prefill_attention, choose_token)}
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available() or {*sys.argv[1:]} - {*BENCHMARKS}:
+        raise SystemExit(f"needs a CUDA GPU, and names of {', '.join(BENCHMARKS)}, or none for all of them")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16")
     for name in sys.argv[1:] or BENCHMARKS:
         print(name)
