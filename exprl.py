@@ -928,16 +928,14 @@ def save_checkpoint(state: State, run: Path, settings: Settings) -> None:
         if i % ranks() == rank():
             weights[name] = weight if ranks() == 1 else weight.cpu()  # a copy: a GPU may have no room for all
             moments |= own if ranks() == 1 else {key: value.cpu() for key, value in own.items()}
+    if rank() == 0:  # what a save left that failed must not be taken for this one's
+        shutil.rmtree(tmp, ignore_errors=True)
     files = {name: "model" + part for part, names in gather((part, list(weights))) for name in names}
-    with together(phase="saving"):
-        if rank() == 0:  # what a save left that failed must not be taken for this one's
-            shutil.rmtree(tmp, ignore_errors=True)
-    sums = {}
     with together(phase="saving"):
         tmp.mkdir(parents=True, exist_ok=True)
         save_file(weights, tmp / ("model" + part), {"format": "pt"})
         save_file(moments, tmp / ("optimizer" + part))
-        sums |= {name + part: sha256(tmp / (name + part)) for name in ("model", "optimizer")}
+        sums = {name + part: sha256(tmp / (name + part)) for name in ("model", "optimizer")}
     sums = {name: digest for own in gather(sums) for name, digest in own.items()}  # each of what it wrote
     with together(phase="saving"):
         if rank() == 0:  # all parts stand: until then their writers have files of other names there

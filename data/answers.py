@@ -371,9 +371,9 @@ def _serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.alarm(WALL_SECONDS)
         try:  # math-verify's own timeouts are off: they use the same signal and need the main thread
-            gold, guess = (f"${answer}$" for answer in json.loads(line))
-            gold, guess = parse(gold, latex, parsing_timeout=None), parse(guess, parsing_timeout=None)
-            equal = verify(gold, guess, timeout_seconds=None)
+            gold, guess = json.loads(line)
+            equal = verify(parse(f"${gold}$", latex, parsing_timeout=None),
+                           parse(f"${guess}$", parsing_timeout=None), timeout_seconds=None)
         except Exception:  # sympy raises about everything on garbage; garbage is not correct
             equal = False
         signal.setitimer(signal.ITIMER_PROF, 0)

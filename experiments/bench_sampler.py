@@ -91,7 +91,8 @@ def race(ways: dict, rounds: int) -> dict:
 def sampling(lm, problems, rows_list, tokens, rounds):
     """Questions x 8 traces at temperature 0.8, refilled only by what the rows allow."""
     if 8 * len(problems) < max(rows_list):
-        raise SystemExit(f"--data has {len(problems)} problems, {max(rows_list)} rows take {max(rows_list) // 8}")
+        raise SystemExit(f"--data has {len(problems)} problems, {max(rows_list)} rows take "
+                         f"{max(rows_list) // 8}")
     for rows in rows_list:
         prompts = [lm.chat(p.question) for p in problems[: rows // 8]]
         sampler = Sampler(lm.model, rows)
@@ -270,15 +271,20 @@ def big_model():
 
 
 def ragged(model, deadline=30):
-    """1,024 rollouts that end at random, beside generate and continuous batching. The latter is timed from when
-    it has its cache and graphs, and left after `deadline` seconds, with what it has finished by then."""
+    """1,024 rollouts that end at random, beside generate and continuous batching. The latter is timed from
+    when it has its cache and graphs, and left after `deadline` seconds, with what it has finished by then."""
     prompts = [[(7 * i + r) % 1000 + 1 for i in range(64 + r % 448)] for r in range(128)]
     sampler = Sampler(model, 1024)
     ends = list(range(0, 151936, 300))  # a random model ends after about 300 tokens
     model.generation_config.eos_token_id = ends
 
+    # Each way: the lengths of its rollouts, and wall seconds.
     def ours(prompts, tokens):
-        return [len(r.token_ids) for r in sampler.sample(prompts, 8, tokens, 1.0, end_ids=ends)]
+        rollouts, wall, _ = clock(lambda: sampler.sample(prompts, 8, tokens, 1.0, end_ids=ends))
+        return [len(r.token_ids) for r in rollouts], wall
+
+    def plain(prompts, tokens):
+        return clock(lambda: generate(model, prompts, 8, tokens, 1.0))[:2]
 
     def continuous(prompts, tokens):
         config = transformers.GenerationConfig(
@@ -299,14 +305,12 @@ def ragged(model, deadline=30):
         return lengths, seconds
 
     ways = {"sample.py": ours,
-            "transformers generate": lambda prompts, tokens: generate(model, prompts, 8, tokens, 1.0),
+            "transformers generate": plain,
             "transformers continuous batching": continuous}
     for label, way in ways.items():
         try:
             way(*((prompts, 512) if way is ours else (prompts[:2], 8)))  # captures, compiles
-            lengths, wall, _ = clock(lambda: way(prompts, 512))
-            if way is continuous:
-                lengths, wall = lengths
+            lengths, wall = way(prompts, 512)
         except Exception as error:  # a peer that does not run here must not cost the others' numbers
             print(f"  {label}: {error!r}")
             continue

@@ -161,8 +161,9 @@ def build(folders: list[Path], max_mb: float) -> dict:
     named = {t.get("problem") for run in runs for t in run.traces}
     made_on = {run.name: m["held_out"] for run in runs for m in run.metrics if "held_out" in m}
     if len({*made_on.values()}) > 1:
-        notices.append("These runs' pass@k do not compare, they were evaluated on different things. " + "; ".join(
-            f"{name}: {what}" for name, what in made_on.items()) + ".")
+        different = "; ".join(f"{name}: {what}" for name, what in made_on.items())
+        notices.append("These runs' pass@k do not compare, they were evaluated on different things. "
+                       f"{different}.")
     for run in runs:
         same_but_seed = json.dumps(run.settings | {"seed": 0, "out": ""}, sort_keys=True)
         groups.setdefault(same_but_seed, []).append(run)
